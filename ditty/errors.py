@@ -1,0 +1,87 @@
+"""Every error that ditty raises on purpose.
+
+    DittyError
+    ├── SpecError            a key of the spec is wrong, or two keys do not go together
+    ├── DataError            a source, column, row or template cannot be used
+    ├── ModelError           a base model is unknown, unreadable or does not fit the spec
+    ├── StoreError           DITTY_HOME cannot be written, or the disk is full
+    │   └── ArtifactDamaged  a committed directory no longer matches its manifest
+    ├── RemoteError          an upload target cannot be reached (retryable)
+    │   └── RemoteDenied     it answered, and refused the credentials (not retryable)
+    └── RunError             a run cannot start, or ended early
+        ├── RunMismatch      the run directory belongs to another spec
+        ├── RunBusy          another process holds the run (retryable)
+        ├── Preempted        it was asked to stop and saved (retryable)
+        ├── Crashed          the training process vanished without a word (retryable)
+        └── OutOfMemory      it did not fit; an identical attempt would not either
+
+A user's mistake is one of these and is printed without a traceback. Anything else is our bug.
+"""
+
+
+class DittyError(Exception):
+    """Root of all ditty errors. `retryable`: could an identical attempt succeed?"""
+
+    retryable = False
+
+
+class SpecError(DittyError):
+    """A key of the spec is wrong, or two keys do not go together."""
+
+
+class DataError(DittyError):
+    """A source, column, row or template cannot be used."""
+
+
+class ModelError(DittyError):
+    """A base model is unknown, unreadable or does not fit the spec."""
+
+
+class StoreError(DittyError):
+    """DITTY_HOME cannot be written, or the disk is full."""
+
+
+class ArtifactDamaged(StoreError):
+    """A committed directory no longer matches its manifest."""
+
+
+class RemoteError(DittyError):
+    """An upload target cannot be reached."""
+
+    retryable = True
+
+
+class RemoteDenied(RemoteError):
+    """The upload target answered and refused the credentials."""
+
+    retryable = False
+
+
+class RunError(DittyError):
+    """A run cannot start, or ended early."""
+
+
+class RunMismatch(RunError):
+    """The run directory belongs to another spec."""
+
+
+class RunBusy(RunError):
+    """Another process holds the run."""
+
+    retryable = True
+
+
+class Preempted(RunError):
+    """The run was asked to stop and saved a checkpoint first."""
+
+    retryable = True
+
+
+class Crashed(RunError):
+    """The training process vanished without writing a result."""
+
+    retryable = True
+
+
+class OutOfMemory(RunError):
+    """The run did not fit in memory; an identical attempt would not either."""

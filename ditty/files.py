@@ -1,0 +1,139 @@
+"""The few file operations on which everything durable rests: hash, replace, sync, lock.
+
+POSIX gives no durability without fsync of the file and of its directory, and no atomic content
+change without a rename; flock(2) is freed by the kernel when its holder dies, however it dies.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ditty.errors import StoreError
+
+
+def canonical_json(value: Any) -> bytes:
+    """`value` as JSON bytes that depend on its content only: sorted keys, no spaces, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode()
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's content, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or directory entry table to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Give `path` the content `data`, or leave it as it was: never half of either."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of readable JSON."""
+    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> Any | None:
+    """The JSON in `path`, or None where there is no such file."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def make_dir(path: Path) -> Path:
+    """Create `path` with its parents.
+
+    Raises:
+        StoreError: it cannot be written; names the directory and what to change.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise StoreError(
+            f"cannot write to {path}: {error.strerror}. "
+            "Set DITTY_HOME to a directory that you can write to"
+        ) from error
+    return path
+
+
+class FileLock:
+    """An exclusive lock between processes, freed by the kernel when the holder dies.
+
+    The file stays after release: removing it would let two holders lock two different inodes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._fd: int | None = None
+
+    def acquire(self, timeout: float | None = None, poll: float = 0.05) -> bool:
+        """Take the lock within `timeout` seconds (None: wait for ever). False: not taken."""
+        make_dir(self.path.parent)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if end is not None and time.monotonic() >= end:
+                    os.close(fd)
+                    return False
+                time.sleep(poll)
+            except BaseException:
+                os.close(fd)
+                raise
+            else:
+                self._fd = fd
+                return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        assert self._fd is not None, f"{self.path} is not held"
+        os.close(self._fd)
+        self._fd = None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock at `path` for the block, waiting as long as it takes."""
+    lock = FileLock(path)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

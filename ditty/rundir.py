@@ -1,0 +1,162 @@
+"""The run directory: the only place where the flow process and the training process meet.
+
+    runs/<name>/
+      spec.json                      written once a run; no secrets
+      stages/<stage>/<attempt>/      launch.json, accelerate.yaml, log.txt, heartbeat/, result.json
+      metrics.jsonl                  append-only; the last record of a step wins
+      samples.jsonl                  completions of held-out prompts, before and after
+      checkpoints/step_000000200/    a manifest.json means committed
+      stop                           the flow asks: checkpoint, then exit
+      lock                           held by the training process
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from ditty.artifacts import MANIFEST, default_home
+from ditty.errors import RunError
+from ditty.files import FileLock, make_dir, read_json, write_json
+from ditty.spec import RUN_NAME
+
+STEP_NAME = re.compile(r"step_(\d{9})")
+
+
+class Status(StrEnum):
+    """How an attempt ended."""
+
+    OK = "ok"
+    PREEMPTED = "preempted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The meaning of an attempt's end: launchers turn every exit code into 1.
+
+    Attributes:
+        kind: the error's class name, or "" when all went well.
+        step: the last step of which a checkpoint is committed, or of the finished run.
+        retryable: could an identical attempt succeed?
+    """
+
+    status: Status
+    step: int = 0
+    kind: str = ""
+    message: str = ""
+    retryable: bool = False
+
+
+def step_name(step: int) -> str:
+    """The directory name of a checkpoint."""
+    return f"step_{step:09d}"
+
+
+class RunDir:
+    """Paths and small records of one run; `root` need not exist yet."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.spec_file = root / "spec.json"
+        self.metrics_file = root / "metrics.jsonl"
+        self.samples_file = root / "samples.jsonl"
+        self.stop_file = root / "stop"
+        self.checkpoints = root / "checkpoints"
+
+    @classmethod
+    def named(cls, name: str, home: Path | None = None) -> "RunDir":
+        """The run directory of `name` below `home` (default: DITTY_HOME)."""
+        if not RUN_NAME.fullmatch(name):
+            raise RunError(f"{name!r} is no run name; see `ditty status` for those there are")
+        return cls((home or default_home()) / "runs" / name)
+
+    def new_attempt(self, stage: str) -> Path:
+        """A fresh attempt directory; its number is the first `mkdir` that succeeds."""
+        parent = make_dir(self.root / "stages" / stage)
+        number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0) + 1
+        while True:
+            attempt = parent / f"{number:04d}"
+            try:
+                attempt.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return attempt
+
+    def attempts(self, stage: str) -> list[Path]:
+        """Attempt directories of a stage, oldest first."""
+        parent = self.root / "stages" / stage
+        if not parent.is_dir():
+            return []
+        return sorted(p for p in parent.iterdir() if p.name.isdigit())
+
+    def committed_steps(self) -> list[int]:
+        """Steps with a committed checkpoint, ascending; their content is not verified here."""
+        if not self.checkpoints.is_dir():
+            return []
+        steps = []
+        for path in self.checkpoints.iterdir():
+            match = STEP_NAME.fullmatch(path.name)
+            if match and (path / MANIFEST).is_file():
+                steps.append(int(match[1]))
+        return sorted(steps)
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of `step` stands, or will."""
+        return self.checkpoints / step_name(step)
+
+    def training_lock(self) -> FileLock:
+        """Held by rank 0 for as long as it may write here."""
+        return FileLock(self.root / "lock")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Records of metrics.jsonl in step order, the last record of a (step, kind) winning.
+
+        A line cut short by a crash is passed over.
+        """
+        yield from _last_wins(self.metrics_file)
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Records of samples.jsonl, likewise."""
+        yield from _last_wins(self.samples_file)
+
+
+def _last_wins(path: Path) -> Iterator[dict[str, Any]]:
+    records: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            records[(record["step"], record.get("kind", ""), record.get("index", 0))] = record
+    yield from (records[key] for key in sorted(records))
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line, starting on a fresh line even after a crash in mid-line."""
+    line = json.dumps(record, sort_keys=True).encode() + b"\n"
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        os.write(fd, line)
+    finally:
+        os.close(fd)
+
+
+def write_result(attempt: Path, result: Result) -> None:
+    """Leave the attempt's meaning."""
+    write_json(attempt / "result.json", asdict(result))
+
+
+def read_result(attempt: Path) -> Result | None:
+    """The attempt's meaning, or None where it vanished without a word."""
+    value = read_json(attempt / "result.json")
+    return None if value is None else Result(**{**value, "status": Status(value["status"])})

@@ -1,0 +1,144 @@
+"""Reading a spec from YAML and `--set`, with errors that name the key and the nearest valid one."""
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ditty.errors import SpecError
+from ditty.spec import RunSpec
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """Read a spec file; `overrides` are `section.key=value` with YAML values.
+
+    Relative paths in it are taken relative to the file.
+
+    Raises:
+        SpecError: unreadable, not YAML, an unknown key, a wrong value, or an illegal pair.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"cannot read the spec {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SpecError(
+            f"{path} holds {type(values).__name__}, expected the sections "
+            f"{', '.join(RunSpec.model_fields)}"
+        )
+    values.setdefault("name", path.stem.lower())
+    for override in overrides:
+        apply_override(values, override)
+    resolve_paths(values, path.parent.absolute())
+    return parse_spec(values, where=str(path))
+
+
+def parse_spec(values: dict[str, Any], where: str = "spec") -> RunSpec:
+    """Validate plain values.
+
+    Raises:
+        SpecError: one line for each thing that is wrong.
+    """
+    try:
+        return RunSpec.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise SpecError("\n".join(f"{where}: {line}" for line in lines)) from error
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in nested plain values; the value is read as YAML.
+
+    Raises:
+        SpecError: no `=`, or a section that is not a mapping.
+    """
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise SpecError(f"--set {override!r}: expected section.key=value")
+    *parents, last = dotted.split(".")
+    target = values
+    for name in parents:
+        target = target.setdefault(name, {})
+        if not isinstance(target, dict):
+            raise SpecError(f"--set {override!r}: {name} is not a section")
+    try:
+        target[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as a string; a user means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def resolve_paths(values: dict[str, Any], base: Path) -> None:
+    """Make relative paths of a spec absolute, in place, where the file exists below `base`."""
+
+    def absolute(section: Any, key: str) -> None:
+        if not isinstance(section, dict) or not isinstance(section.get(key), str):
+            return
+        text, colon, name = section[key].partition(":")
+        if not Path(text).is_absolute() and (base / text).exists():
+            section[key] = f"{base / text}{colon}{name}"
+
+    data = values.get("data")
+    absolute(data, "source")
+    absolute(values.get("model"), "base_model")
+    if isinstance(data, dict) and isinstance(data.get("operations"), list):
+        for operation in data["operations"]:
+            absolute(operation, "function")
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as a sentence: the key, what is wrong, what was expected."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = list(_model_at(error["loc"][:-1]).model_fields)
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+        return f"unknown key {key}: {hint}"
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    message = error["msg"].removeprefix("Value error, ")
+    got = error["input"]
+    if isinstance(got, dict | BaseModel):
+        return f"{key}: {message}" if key else message
+    if error["type"] == "enum":
+        return f"{key}: {_enum_hint(got, error['ctx']['expected'])}"
+    return f"{key}: {message}, got {got!r}"
+
+
+def _enum_hint(got: Any, expected: str) -> str:
+    names = [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
+    close = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"got {got!r}, expected {expected}{hint}"
+
+
+def _model_at(location: Sequence[Any]) -> type[BaseModel]:
+    """The section class at a path of keys, looking through lists and optionals."""
+    model: Any = RunSpec
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            options = [
+                a for a in typing.get_args(annotation) if a is not types.NoneType and a is not str
+            ]
+            annotation = options[-1]
+        model = annotation
+    return model
