@@ -1,0 +1,32 @@
+"""ditty fine-tunes Hugging Face causal language models as a line of cached, resumable stages.
+
+    from ditty import Data, Pipeline, RunSpec, Trainer
+
+Names are imported when they are first used: importing ditty loads no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ditty.data import Data
+    from ditty.pipeline import Pipeline
+    from ditty.spec import RunSpec
+    from ditty.trainer import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = ["Data", "Pipeline", "RunSpec", "Trainer"]
+
+_HOMES = {
+    "Data": "ditty.data",
+    "Pipeline": "ditty.pipeline",
+    "RunSpec": "ditty.spec",
+    "Trainer": "ditty.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ditty' has no attribute {name!r}")

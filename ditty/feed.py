@@ -1,0 +1,95 @@
+"""What the trainer eats: for each step, this rank's micro batches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from ditty.batches import Batch, collate, flatten
+from ditty.errors import DataError
+from ditty.sampler import BatchSplit, SampleOrder
+from ditty.spec import TrainSpec
+from ditty.world import World
+
+
+class Feed(Protocol):
+    """Micro batches by step; step s gives the same batches whenever it is asked for."""
+
+    def total_steps(self, train: TrainSpec) -> int:
+        """Optimizer steps of the whole training."""
+        ...
+
+    def steps(self, start: int) -> Iterator[list[Batch]]:
+        """This rank's micro batches of step `start`, `start` + 1, and so on without end."""
+        ...
+
+
+class PackedFeed:
+    """Packed rows in a `SampleOrder`; any step is reached at once.
+
+    Args:
+        rows: a sequence of packed rows (tables of the `pack` stage).
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], order: SampleOrder, split: BatchSplit):
+        self.rows, self.order, self.split = rows, order, split
+
+    def total_steps(self, train: TrainSpec) -> int:
+        """`max_steps`, or as many as `epochs` passes take."""
+        return train.max_steps or self.order.steps(train.epochs)
+
+    def steps(self, start: int) -> Iterator[list[Batch]]:
+        """See `Feed`."""
+        micro_batches = self.split.micro_batches(self.order, start)
+        while True:
+            group = islice(micro_batches, self.split.gradient_accumulation_steps)
+            yield [collate([self.rows[i] for i in indices]) for indices in group]
+
+
+def packed_feed(rows: Any, train: TrainSpec, world: World) -> PackedFeed:
+    """The feed of a `datasets.Dataset` of packed rows, dealt to the processes of `world`."""
+    split = BatchSplit(
+        train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.world_size
+    )
+    sizes = np.array([len(row) for row in rows["input_ids"]])
+    order = SampleOrder(len(rows), split.global_batch_size, train.sampling, train.seed, sizes)
+    return PackedFeed(rows, order, split)
+
+
+class LoaderFeed:
+    """Any DataLoader: its batches in turn, pass after pass, dealt to the processes.
+
+    Batch (s*A + a)*W + r of the endless sequence is micro batch a of step s on rank r. A resume
+    reads and drops the batches before it, so the loader must give the same order each time: it
+    does when it is seeded by the epoch, or does not shuffle. `loader.batch_sampler` may have
+    `set_epoch(int)`, as ditty's own has.
+    """
+
+    def __init__(self, loader: DataLoader[Any], accumulation: int, world: World):
+        if len(loader) < 1:
+            raise DataError("the DataLoader of dataset() is empty")
+        self.loader, self.accumulation, self.world = loader, accumulation, world
+
+    def total_steps(self, train: TrainSpec) -> int:
+        """`max_steps`, or as many as `epochs` passes take."""
+        a_step = self.accumulation * self.world.world_size
+        return train.max_steps or int(np.ceil(train.epochs * len(self.loader) / a_step))
+
+    def _batches(self) -> Iterator[Mapping[str, Any]]:
+        epoch = 0
+        while True:
+            for sampler in (self.loader.batch_sampler, self.loader.sampler):
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(epoch)
+            yield from self.loader
+            epoch += 1
+
+    def steps(self, start: int) -> Iterator[list[Batch]]:
+        """See `Feed`."""
+        a_step = self.accumulation * self.world.world_size
+        batches = islice(self._batches(), start * a_step, None)
+        while True:
+            group = list(islice(batches, a_step))
+            yield [flatten(b) for b in group[self.world.rank :: self.world.world_size]]

@@ -1,0 +1,338 @@
+"""Starting a stage in a process of its own, and leaving none behind.
+
+The launching process (the flow, or the command line) knows nothing of torch. It writes the job into
+the attempt's directory, runs `python -m ditty.worker STAGE ATTEMPT` below a guard (ditty.guard),
+follows its log file, and reads what the worker left in `result.json`. Exit codes mean nothing:
+accelerate and torchrun turn each of them into 1.
+"""
+
+import fcntl
+import importlib.metadata
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ditty import errors
+from ditty.environment import MARGIN_SECONDS, child_environment, resolve_device
+from ditty.errors import DittyError, Preempted, RunError
+from ditty.files import write_atomic, write_json
+from ditty.rundir import Result, Status, read_result
+from ditty.spec import Device, LaunchSpec
+
+log = logging.getLogger(__name__)
+
+WORKER_MODULE = "ditty.worker"
+RECORDED_PACKAGES = ("ditty", "torch", "transformers", "accelerate", "peft", "bitsandbytes")
+
+POLL_SECONDS = 0.2
+CHECK_SECONDS = 1.0
+READ_BYTES = 1 << 20
+RECENT_LINES = 20
+LINE_CHARACTERS = 400  # of each recent line, in an error message
+
+
+def run_stage(
+    stage: str,
+    job: Mapping[str, Any],
+    attempt: Path,
+    launch: LaunchSpec,
+    *,
+    distributed: bool,
+    on_line: Callable[[str], None],
+    check: Callable[[], None],
+) -> Result:
+    """Run `python -m ditty.worker STAGE ATTEMPT` to its end.
+
+    Writes `job.json`, `launch.json` and, where distributed, `accelerate.yaml` into `attempt`; the
+    output goes to `log.txt` there.
+
+    Args:
+        job: what the worker is to do; JSON values.
+        attempt: a fresh directory of the run directory (`RunDir.new_attempt`).
+        distributed: through accelerate, in `launch.num_processes` processes; otherwise in one.
+        on_line: gets each complete line of output.
+        check: called about once a second; may raise to stop the stage.
+    Returns:
+        The worker's result, whatever its status. A worker that left none has crashed.
+    Raises:
+        SpecError: the launch does not fit this machine.
+        RunError: this is not Linux.
+        whatever `on_line` and `check` raise, after the stage's processes are gone.
+    """
+    attempt = attempt.absolute()
+    assert read_result(attempt) is None, f"{attempt} is not fresh, and its result would count"
+    arguments = [stage, str(attempt)]
+    if distributed:
+        argv = accelerate_command(launch, attempt, arguments)
+    else:
+        launch = launch.model_copy(update={"num_processes": 1})
+        argv = [sys.executable, "-m", WORKER_MODULE, *arguments]
+    env = child_environment(launch)
+    write_json(attempt / "job.json", job)
+    write_json(attempt / "launch.json", _describe(argv, env, launch))
+    recent: deque[str] = deque(maxlen=RECENT_LINES)
+
+    def remember(line: str) -> None:
+        recent.append(line)
+        on_line(line)
+
+    log_path = attempt / "log.txt"
+    code = run_guarded(
+        argv,
+        log_path=log_path,
+        env=env,
+        grace=launch.grace_seconds,
+        on_line=remember,
+        check=check,
+    )
+    return read_result(attempt) or _crashed(stage, code, log_path, recent)
+
+
+def raise_for_result(result: Result) -> None:
+    """Return if the stage is done, else raise what it ended with.
+
+    Raises:
+        Preempted: it was asked to stop, and saved.
+        DittyError: the class of ditty.errors that `result.kind` names, or RunError where it names
+            none; `retryable` follows the result.
+    """
+    if result.status is Status.OK:
+        return
+    if result.status is Status.PREEMPTED:
+        raise Preempted(result.message)
+    named = getattr(errors, result.kind, None)
+    if isinstance(named, type) and issubclass(named, DittyError):
+        error = named(result.message)
+    else:
+        error = RunError(f"{result.kind}: {result.message}")
+    error.retryable = result.retryable
+    raise error
+
+
+def run_guarded(
+    command: Sequence[str],
+    *,
+    log_path: Path,
+    env: Mapping[str, str],
+    grace: float,
+    on_line: Callable[[str], None],
+    check: Callable[[], None],
+) -> int:
+    """Run a command below a guard; when this returns or raises, none of its processes is left.
+
+    The output goes to the end of the file `log_path`, which is followed. It is not a pipe: if this
+    process were killed, a pipe would give the command EPIPE in the middle of a save.
+
+    On any exception, also KeyboardInterrupt and what signal handlers raise, the command's whole
+    process tree gets SIGTERM, `grace` seconds, then SIGKILL. A second exception during that wait
+    leaves at once, and the guard finishes without us.
+
+    Args:
+        env: the command's whole environment; see `child_environment`.
+        grace: seconds between SIGTERM and SIGKILL.
+        on_line: gets complete lines without their end; of a progress bar (carriage returns) the
+            last state.
+        check: called about once a second; may raise.
+    Returns:
+        the command's exit code, 128 + signal where a signal ended it, 127 where it cannot start.
+    Raises:
+        RunError: this is not Linux.
+        whatever `on_line` and `check` raise.
+    """
+    if not sys.platform.startswith("linux"):
+        raise RunError(
+            f"ditty starts stages on Linux only, this is {sys.platform}: "
+            "elsewhere nothing can make sure that no process outlives a run"
+        )
+    # Whatever happens here, leaving the block closes our end of the pipe, and that stops the guard.
+    with open(log_path, "ab") as output, _Tail(log_path) as tail, _Pipe() as pipe:
+        guard = subprocess.Popen(
+            [sys.executable, "-m", "ditty.guard", str(pipe.reader), f"{grace:g}", *command],
+            env=dict(env),
+            pass_fds=(pipe.reader,),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal is for us alone: we stop it in order
+        )
+        try:
+            _follow(guard, tail, on_line, check)
+        except BaseException:
+            _stop(guard, grace)
+            with suppress(Exception):  # the first exception is the one to tell
+                tail.read(on_line, last=True)
+            raise
+    code: int = guard.returncode
+    return code if code >= 0 else 128 - code
+
+
+def _follow(
+    guard: "subprocess.Popen[bytes]",
+    tail: "_Tail",
+    on_line: Callable[[str], None],
+    check: Callable[[], None],
+) -> None:
+    next_check = time.monotonic() + CHECK_SECONDS
+    while True:
+        try:
+            guard.wait(POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        else:
+            break
+        tail.read(on_line)
+        if time.monotonic() >= next_check:
+            check()
+            next_check = time.monotonic() + CHECK_SECONDS
+    tail.read(on_line, last=True)
+
+
+def _stop(guard: "subprocess.Popen[bytes]", grace: float) -> None:
+    guard.terminate()
+    try:
+        guard.wait(grace + MARGIN_SECONDS)
+    except subprocess.TimeoutExpired:
+        # A process in uninterruptible sleep. Killing the guard would orphan it.
+        log.warning("processes below guard %d resist SIGKILL; it goes on without us", guard.pid)
+
+
+class _Pipe:
+    """A pipe whose writing end nobody but us holds: its end of file tells that we are gone."""
+
+    def __enter__(self) -> "_Pipe":
+        ends = os.pipe()
+        # Where stdin is closed, the pipe would get number 0, and Popen puts /dev/null there.
+        self.reader, self.writer = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in ends)
+        for fd in ends:
+            os.close(fd)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.writer)
+        os.close(self.reader)
+
+
+class _Tail:
+    """Follows a growing file from its present end, in complete lines."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "rb")  # noqa: SIM115  (closed by __exit__)
+        self._file.seek(0, os.SEEK_END)
+        self._partial = b""
+
+    def __enter__(self) -> "_Tail":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, on_line: Callable[[str], None], *, last: bool = False) -> None:
+        """Hand over the lines that are complete by now; `last`: everything up to the end."""
+        while True:
+            block = self._file.read(READ_BYTES)
+            *lines, partial = (self._partial + block).split(b"\n")
+            # A progress bar never ends its line: keep its last state only, or this would grow.
+            self._partial = _last_state(partial)
+            for line in lines:
+                on_line(_text(line))
+            if not last or not block:
+                break
+        if last and self._partial:
+            on_line(_text(self._partial))
+            self._partial = b""
+
+
+def _last_state(line: bytes) -> bytes:
+    """`line` without the states that a carriage return has overwritten; its last one stays."""
+    return line[line.rstrip(b"\r").rfind(b"\r") + 1 :]
+
+
+def _text(line: bytes) -> str:
+    return _last_state(line).rstrip(b"\r").decode("utf-8", "replace")
+
+
+def accelerate_command(launch: LaunchSpec, attempt: Path, arguments: Sequence[str]) -> list[str]:
+    """The command that starts the worker in `launch.num_processes` processes of one world.
+
+    Writes `attempt/accelerate.yaml`, so that a machine-wide configuration is never read. On CPUs
+    only `MULTI_GPU` together with the variable ACCELERATE_USE_CPU (`child_environment`) makes a
+    world: with `--cpu` or `MULTI_CPU` accelerate starts one process and says nothing.
+
+    Raises:
+        SpecError: see `resolve_device`.
+    """
+    several = launch.num_processes > 1
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if several else "NO",
+        "use_cpu": resolve_device(launch) == Device.CPU and not several,
+        "num_processes": launch.num_processes,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "gpu_ids": "all",
+        "main_process_port": 0,  # a free one
+        "mixed_precision": "no",  # the worker casts by itself
+        "debug": False,
+    }
+    path = attempt / "accelerate.yaml"
+    write_atomic(path, yaml.safe_dump(config, sort_keys=False).encode())
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    return [*launcher, "-m", WORKER_MODULE, *arguments]
+
+
+def _describe(argv: Sequence[str], env: Mapping[str, str], launch: LaunchSpec) -> dict[str, Any]:
+    """The content of `launch.json`: names of environment variables, never their values."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "argv": list(argv),
+        "device": resolve_device(launch),
+        "num_processes": launch.num_processes,
+        "threads": int(env["OMP_NUM_THREADS"]),
+        "environment": sorted(env),
+        "versions": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit checked out in the current directory; None where there is no repository or git."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _crashed(stage: str, code: int, log_path: Path, recent: Sequence[str]) -> Result:
+    """The result of a worker that left none."""
+    ended = f"exit code {code}"
+    if code > 128 and code - 128 in list(signal.Signals):
+        ended += f" ({signal.Signals(code - 128).name})"
+    lines = [line[:LINE_CHARACTERS] for line in recent] or ["(it printed nothing)"]
+    message = "\n  ".join(
+        [f"stage {stage} ended with {ended} and left no result. The end of {log_path}:", *lines]
+    )
+    return Result(status=Status.FAILED, kind="Crashed", message=message, retryable=True)

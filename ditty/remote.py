@@ -1,0 +1,242 @@
+"""Committed directories copied to and from `s3://bucket/prefix` or `file:///folder`.
+
+    <url>/<name>/<files of the directory>      any order
+    <url>/<name>/manifest.json                 last, by exclusive create: it alone commits
+
+A name is `<run>/checkpoints/step_000000200` or `<run>/final/<key>`: content-addressed or
+step-numbered, so that it never gets a second content. Without its manifest it does not exist.
+Two writers of one run are kept apart by the run's lock; here the slower one gets an error.
+"""
+
+import json
+import logging
+import re
+import shutil
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import unquote
+
+from ditty.artifacts import MANIFEST, Manifest, commit, read_manifest, staging_dir, verify
+from ditty.errors import ArtifactDamaged, RemoteError, SpecError, StoreError
+from ditty.files import sha256_file
+from ditty.objects import Folder, Objects, permanent
+from ditty.s3 import Bucket, Patience, scrub
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 15.0  # seconds that `check` waits for an endpoint: a person is looking on
+TRANSFERS = 2  # copies of a file that are made before its damage is called lasting
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*"
+_NAME = re.compile(rf"{_PART}(/{_PART})*")
+_S3_URL = re.compile(rf"s3://([a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9])(?:/({_NAME.pattern}))?/?")
+
+
+class Remote:
+    """Where a run's committed directories are copied.
+
+    Args:
+        url: `s3://bucket/prefix` or `file:///folder`. Endpoint and credentials come from the
+            environment (AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID ...) or the machine's role.
+        patience: how long faults of an S3 server are borne; a folder has none that pass.
+
+    Every method raises RemoteError (the place cannot be reached, or did not do as asked) and
+    RemoteDenied (it refuses these credentials): never is either taken for "there is nothing".
+    """
+
+    def __init__(self, url: str, patience: Patience | None = None):
+        self.url = url.rstrip("/")
+        self._patience = patience or Patience()
+        self._objects = _open(self.url, self._patience)
+
+    def check(self) -> None:
+        """Write, list, read back and delete a probe: all that a run will need, before it starts.
+
+        Creates the folder of a `file:` url. Gives up on a dead endpoint after CHECK_S seconds.
+        """
+        total_s = min(CHECK_S, self._patience.total_s)
+        objects = _open(self.url, replace(self._patience, total_s=total_s))
+        objects.prepare()
+        key = f"ditty-probe-{uuid.uuid4().hex}"
+        data = key.encode()
+        objects.create(key, data)
+        try:
+            if objects.create(key, b"overwritten"):
+                raise permanent(
+                    RemoteError(
+                        f"{self.url} overwrites an object that exists, although asked not to "
+                        "(If-None-Match: *): two runs could commit over each other. "
+                        "Use a server that honours it"
+                    )
+                )
+            if objects.read(key) != data or key not in objects.keys(key):
+                raise RemoteError(f"{self.url} does not give back what was just written to it")
+        finally:
+            objects.delete(key)
+
+    def put(self, directory: Path, name: str) -> str:
+        """Publish a committed directory as `name`; safe to repeat, and to resume after a kill.
+
+        Files that are there already, of the right size and SHA-256, are not sent again.
+
+        Returns:
+            the digest of the manifest that now stands there.
+        Raises:
+            ArtifactDamaged: the directory does not match its own manifest; nothing is committed.
+            RemoteError: another content is committed as `name`.
+        """
+        manifest = read_manifest(directory)
+        _refuse_nested(manifest, str(directory))
+        if not self._is_committed(name, manifest):
+            self._objects.clear_debris(f"{name}/")
+        for path, (size, sha256) in sorted(manifest.files.items()):
+            if not self._objects.holds(f"{name}/{path}", size, sha256):
+                _verify_file(directory / path, size, sha256, "its manifest")
+                # Asked before each file: a slower writer must not damage a faster one's commit.
+                self._is_committed(name, manifest)
+                self._send(directory / path, f"{name}/{path}", size, sha256)
+        # After a lost reply the repeated create finds our own manifest: only reading it back tells.
+        self._objects.create(f"{name}/{MANIFEST}", (directory / MANIFEST).read_bytes())
+        if not self._is_committed(name, manifest):
+            raise RemoteError(f"{self.url}/{name}/{MANIFEST} is not there after it was written")
+        return manifest.digest
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Committed names below `prefix`, sorted; an empty list only if a listing said so."""
+        start = f"{_checked(prefix)}/" if prefix else ""
+        found = []
+        for key in self._objects.keys(start):
+            name, _, file = key.rpartition("/")
+            if file == MANIFEST and _NAME.fullmatch(name):
+                found.append(name)
+            elif file == MANIFEST:
+                log.warning("%s/%r is no name of ditty's: passed over", self.url, key)
+        return found
+
+    def manifest(self, name: str) -> Manifest | None:
+        """The manifest of `name`, or None where the server says that there is none.
+
+        Raises:
+            ArtifactDamaged: it cannot be parsed, or a path in it leaves its directory.
+        """
+        where = f"{self.url}/{_checked(name)}/{MANIFEST}"
+        data = self._objects.read(f"{name}/{MANIFEST}")
+        if data is None:
+            return None
+        try:
+            value = json.loads(data)
+        except ValueError as error:
+            raise ArtifactDamaged(f"{where} is not JSON: {error}") from error
+        manifest = Manifest.from_json(value, where)
+        _refuse_nested(manifest, where)
+        return manifest
+
+    def get(self, name: str, final: Path) -> Manifest:
+        """Fetch `name` and commit it as the directory `final`; a repeat finds it there.
+
+        Raises:
+            ArtifactDamaged: what is there does not match its manifest; `final` does not appear.
+            StoreError: no room, or `final` holds another content.
+        """
+        manifest = self.manifest(name)
+        if manifest is None:
+            raise permanent(RemoteError(f"nothing is committed as {self.url}/{name}"))
+        if final.exists():
+            stands = verify(final)
+        else:
+            staging = staging_dir(final)
+            try:
+                _need_room(staging, sum(size for size, _ in manifest.files.values()))
+                for path in manifest.files:
+                    self._fetch(name, path, manifest, staging / path)
+                stands = commit(staging, final, manifest.facts)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        if stands.digest != manifest.digest:
+            raise StoreError(f"{final} holds another content than {self.url}/{name}: move it away")
+        return stands
+
+    def delete(self, name: str) -> None:
+        """Remove `name`: the manifest first, so that a half-deleted one does not exist."""
+        self._objects.delete(f"{_checked(name)}/{MANIFEST}")
+        for key in self._objects.keys(f"{name}/"):
+            self._objects.delete(key)
+        self._objects.clear_debris(f"{name}/")
+
+    def _is_committed(self, name: str, manifest: Manifest) -> bool:
+        """Is this very content committed as `name`? Raises where another one is."""
+        there = self.manifest(name)
+        if there is not None and there.digest != manifest.digest:
+            raise permanent(
+                RemoteError(
+                    f"another content is committed as {self.url}/{name}: its digest is "
+                    f"{there.digest[:12]}, ours {manifest.digest[:12]}. Is another run of this "
+                    "name writing there? Use another run name or upload.url, or delete it"
+                )
+            )
+        return there is not None
+
+    def _send(self, path: Path, key: str, size: int, sha256: str) -> None:
+        for _ in range(TRANSFERS):
+            self._objects.upload(path, key, sha256)
+            if self._objects.holds(key, size, sha256):
+                return
+            log.warning("%s/%s is not what was sent: sent again", self.url, key)
+        raise RemoteError(f"{self.url}/{key} is not what was sent, {TRANSFERS} times in a row")
+
+    def _fetch(self, name: str, path: str, manifest: Manifest, local: Path) -> None:
+        size, sha256 = manifest.files[path]
+        where = f"{self.url}/{name}/{path}"
+        local.parent.mkdir(parents=True, exist_ok=True)
+        for transfer in range(1, TRANSFERS + 1):
+            if not self._objects.download(f"{name}/{path}", local):
+                raise ArtifactDamaged(f"{where} is missing, although its manifest lists it")
+            try:
+                return _verify_file(local, size, sha256, f"the manifest of {where}")
+            except ArtifactDamaged as error:  # in transfer, or at rest: ask again to know
+                if transfer == TRANSFERS:
+                    raise ArtifactDamaged(f"{where} is damaged: {error}") from error
+                log.warning("%s; fetched again", error)
+
+
+def _open(url: str, patience: Patience) -> Objects:
+    if re.match("file:///.", url):
+        return Folder(Path(unquote(url.removeprefix("file://"))))
+    if match := _S3_URL.fullmatch(url):
+        return Bucket(match[1], match[2] or "", patience)
+    hint = ""
+    if "@" in url:
+        hint = "; credentials belong into the environment (AWS_ACCESS_KEY_ID ...), not into a url"
+    raise SpecError(
+        f"upload.url: {scrub(url)!r} is no target; expected s3://bucket/prefix "
+        f"(letters, digits, '.', '_', '=', '+' and '-') or file:///folder{hint}"
+    )
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise permanent(RemoteError(f"{name!r} is no name of a committed directory"))
+    return name
+
+
+def _refuse_nested(manifest: Manifest, where: str) -> None:
+    """A second manifest inside would look like a commit of its own before the first is one."""
+    for path in manifest.files:
+        if path.rpartition("/")[2] == MANIFEST:
+            raise ArtifactDamaged(f"{where} lists {path!r} as a file: rename that file")
+
+
+def _verify_file(path: Path, size: int, sha256: str, by: str) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactDamaged(f"{path} is missing or not a plain file")
+    got = path.stat().st_size
+    if got != size:
+        raise ArtifactDamaged(f"{path} has {got} bytes, {by} says {size}")
+    if sha256_file(path) != sha256:
+        raise ArtifactDamaged(f"{path} does not match the SHA-256 in {by}")
+
+
+def _need_room(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise StoreError(f"{directory.parent} has {free} bytes free, {needed} are needed")

@@ -1,0 +1,217 @@
+"""The line of stages of a spec: what each is called, its content key, and what the key is made of.
+
+A key is the SHA-256 of the stage's version, the part of the spec that changes its result, and the
+keys of its inputs. Raise a stage's version when its code starts to give other bytes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ditty import basemodel, functions, sources
+from ditty.artifacts import Manifest, Store
+from ditty.files import canonical_json, sha256_bytes
+from ditty.spec import Operation, Precision, Quantization, RunSpec
+
+VERSIONS = {
+    "fetch": 1,
+    "load": 1,
+    "filter": 1,
+    "map": 1,
+    "tokenize": 1,
+    "pack": 1,
+    "prequantize": 1,
+    "train": 1,
+    "upload": 1,
+}
+
+DATA_STAGES = ("load", "filter", "map", "tokenize", "pack")
+
+# Keys of `train` that leave the trained weights as they are: a rerun may change them and resume.
+# The three batch keys enter as their product, so that accumulation may be traded for processes.
+HARMLESS_TRAIN_KEYS = {
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "save_steps",
+    "keep_checkpoints",
+    "eval_steps",
+    "num_samples",
+    "sample_max_tokens",
+}
+
+
+@dataclass(frozen=True)
+class StageRef:
+    """One stage of one spec.
+
+    Attributes:
+        stage: its name, and its folder in the store.
+        key: content key (64 hex digits), or "" while an input is not known yet.
+        inputs: what the key is the hash of.
+        title: what people read, e.g. "map ops.py:clean".
+        operation: the row operation, for `filter` and `map`.
+    """
+
+    stage: str
+    key: str
+    inputs: dict[str, Any]
+    title: str
+    operation: Operation | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class StageLine:
+    """The stages of a spec in order.
+
+    Attributes:
+        base: the base model's identity.
+        model_dir: the base model's folder, or None while it has not been fetched; then the keys
+            of the stages after the row operations are not known, since the tokenizer is not.
+        refs: the stages.
+    """
+
+    base: basemodel.BaseModelRef
+    model_dir: Path | None
+    refs: tuple[StageRef, ...]
+
+    def only(self, stage: str) -> StageRef | None:
+        """The one ref of `stage`, or None where the spec has no such stage."""
+        found = [ref for ref in self.refs if ref.stage == stage]
+        assert len(found) <= 1, f"{len(found)} stages {stage}"
+        return found[0] if found else None
+
+    def need(self, stage: str) -> StageRef:
+        """The ref of a stage that every spec has."""
+        ref = self.only(stage)
+        assert ref is not None, f"no stage {stage}"
+        return ref
+
+    def data(self) -> tuple[StageRef, ...]:
+        """The data stages, each of which reads the artifact of the one before."""
+        return tuple(ref for ref in self.refs if ref.stage in DATA_STAGES)
+
+
+def make_ref(
+    stage: str, title: str, inputs: dict[str, Any], operation: Operation | None = None
+) -> StageRef:
+    """A ref whose key is the hash of `inputs`; unknown where an input's key is unknown."""
+    known = "" not in inputs.values()
+    content = {"stage": stage, "version": VERSIONS[stage], "inputs": inputs}
+    key = sha256_bytes(canonical_json(content)) if known else ""
+    return StageRef(stage, key, inputs, title, operation)
+
+
+def resolve(spec: RunSpec, store: Store) -> StageLine:
+    """The stages of `spec`, with keys as far as they are known.
+
+    Reads the sources' identity (hashing local files, asking the hub for a commit); starts nothing.
+
+    Raises:
+        DittyError: a source, function or base model cannot be used.
+    """
+    base = basemodel.identify(spec.model.base_model, spec.model.revision)
+    model_dir = basemodel.locate(base, store)
+    refs = list(_fetch_refs(base))
+    refs += _data_refs(spec, "" if model_dir is None else basemodel.tokenizer_digest(model_dir))
+    pack_key = refs[-1].key
+    model_key = basemodel.key(base)
+    if spec.model.quantization is not Quantization.NONE:
+        inputs = {
+            "model": model_key,
+            "quantization": spec.model.quantization.value,
+            "dtype": base_dtype(spec),
+        }
+        refs.append(make_ref("prequantize", f"prequantize {spec.model.quantization}", inputs))
+        model_key = refs[-1].key
+    refs.append(make_ref("train", "train", training_identity(spec, model_key, pack_key)))
+    if spec.upload.url:
+        inputs = {"train": refs[-1].key, "url": spec.upload.url, "name": spec.name}
+        refs.append(make_ref("upload", f"upload to {spec.upload.url}", inputs))
+    return StageLine(base, model_dir, tuple(refs))
+
+
+def _fetch_refs(base: basemodel.BaseModelRef) -> Iterator[StageRef]:
+    if base.kind != "folder":
+        yield StageRef("fetch", basemodel.key(base), dict(base.identity), f"fetch {base.name}")
+
+
+def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
+    data = spec.data
+    refs = [make_ref("load", f"load {_short(data.source)}", {"source": sources.identify(data)})]
+    for operation in data.operations:
+        inputs = {
+            "rows": refs[-1].key,
+            "function": functions.digest(functions.resolve(operation.function)),
+            "options": operation.model_dump(mode="json", exclude={"function"}),
+        }
+        title = f"{operation.method} {_short(operation.function)}"
+        refs.append(make_ref(operation.method.value, title, inputs, operation))
+    fields = {"format", "columns", "seq_len", "overlong", "eval_fraction", "eval_max_rows"}
+    inputs = {
+        "rows": refs[-1].key,
+        "tokenizer": tokenizer,
+        "supervised": data.supervised.value,
+        "options": data.model_dump(mode="json", include=fields),
+    }
+    refs.append(make_ref("tokenize", "tokenize", inputs))
+    inputs = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing}
+    refs.append(make_ref("pack", "pack", inputs))
+    return refs
+
+
+def _short(reference: str) -> str:
+    """`/a/b/ops.py:clean` -> `ops.py:clean`."""
+    return Path(reference).name if reference.startswith("/") else reference
+
+
+def base_dtype(spec: RunSpec) -> str:
+    """The torch name of the frozen base's dtype; trained weights are fp32 always."""
+    return {Precision.FP32: "float32", Precision.BF16: "bfloat16"}[spec.train.precision]
+
+
+def training_identity(spec: RunSpec, model_key: str, pack_key: str) -> dict[str, Any]:
+    """All that decides the trained weights: a checkpoint resumes only under the same identity."""
+    train = spec.train.model_dump(mode="json", exclude=HARMLESS_TRAIN_KEYS)
+    model = spec.model.model_dump(mode="json", exclude={"base_model", "revision", "quantization"})
+    return {
+        "model": model_key,
+        "data": pack_key,
+        "train": train,
+        "adapter": model,
+        "global_batch_size": spec.global_batch_size,
+    }
+
+
+def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Manifest:
+    """Make a data stage's artifact, or find it; the stage before it must be there.
+
+    The caller holds the stage's lock.
+    """
+    found = store.find(ref.stage, ref.key)
+    if found:
+        return found
+    facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
+    stages = line.data()
+    index = stages.index(ref)
+    source = store.path(stages[index - 1].stage, stages[index - 1].key) if index else None
+    with store.commit(ref.stage, ref.key, facts) as out:
+        facts.update(_run_data_stage(ref, spec, line.model_dir, source, out))
+    manifest = store.find(ref.stage, ref.key)
+    assert manifest is not None, f"{ref.stage} {ref.key} was committed a moment ago"
+    return manifest
+
+
+def _run_data_stage(
+    ref: StageRef, spec: RunSpec, model_dir: Path | None, source: Path | None, out: Path
+) -> dict[str, Any]:
+    from ditty import operations, packing, tokenization
+
+    if source is None:
+        return sources.load(spec.data, out)
+    if ref.operation is not None:
+        return operations.apply(ref.operation, source, out, spec.data.num_proc)
+    if ref.stage == "tokenize":
+        assert model_dir is not None, "the base model is fetched before rows are tokenized"
+        return tokenization.tokenize(spec.data, model_dir, source, out)
+    return packing.pack_tables(spec.data, source, out)

@@ -1,0 +1,232 @@
+"""`python -m ditty.worker STAGE ATTEMPT`: one stage in a process of its own.
+
+Reads attempt/job.json, does the work, and leaves attempt/result.json: the meaning of its end.
+STAGE is `fetch` (convert a GGUF), `prequantize` or `train`.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ditty.artifacts import Store
+from ditty.errors import DittyError, OutOfMemory, Preempted, RunBusy
+from ditty.files import read_json
+from ditty.rundir import Result, RunDir, Status, write_result
+from ditty.spec import RunSpec
+
+log = logging.getLogger("ditty.worker")
+
+LOCK_WAIT_SECONDS = 60.0  # longer than an interrupted run's grace
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What job.json says.
+
+    Attributes:
+        home: DITTY_HOME.
+        spec: the run's spec.
+        key: content key of the artifact to make.
+        inputs: what the key is the hash of.
+        model_dir, data_dir: committed folders to read.
+        device: "cpu" or "cuda".
+    """
+
+    home: Path
+    spec: RunSpec
+    key: str
+    inputs: dict[str, Any]
+    model_dir: Path
+    data_dir: Path | None
+    device: str
+
+    @classmethod
+    def read(cls, attempt: Path) -> "Job":
+        """Parse attempt/job.json, as `to_json` wrote it."""
+        value = read_json(attempt / "job.json")
+        assert value is not None, f"{attempt} has no job.json"
+        data_dir = value.pop("data_dir")
+        return cls(
+            home=Path(value.pop("home")),
+            spec=RunSpec.model_validate(value.pop("spec")),
+            model_dir=Path(value.pop("model_dir")),
+            data_dir=Path(data_dir) if data_dir else None,
+            **value,
+        )
+
+
+def convert(job: Job, attempt: Path) -> Result:
+    """The `fetch` stage of a GGUF file."""
+    from ditty.convert import convert_gguf
+
+    return _build(job, "fetch", lambda out: convert_gguf(job.model_dir, out))
+
+
+def prequantize(job: Job, attempt: Path) -> Result:
+    """The `prequantize` stage."""
+    from ditty.quantize import quantize_nf4
+
+    dtype = job.inputs["dtype"]
+    return _build(job, "prequantize", lambda out: quantize_nf4(job.model_dir, out, dtype))
+
+
+def _build(job: Job, stage: str, make: Callable[[Path], dict[str, Any]]) -> Result:
+    store = Store(job.home)
+    facts: dict[str, Any] = {"stage": stage, "inputs": job.inputs}
+    if not store.find(stage, job.key):
+        with store.commit(stage, job.key, facts) as out:
+            facts.update(make(out))
+    return Result(Status.OK)
+
+
+def train(job: Job, attempt: Path) -> Result:
+    """The `train` stage: all ranks run this."""
+    from ditty.world import join_world, leave_world
+
+    world = join_world(job.device, job.spec.launch.num_processes)
+    run = RunDir.named(job.spec.name, job.home)
+    lock = run.training_lock()
+    held = lock.acquire(LOCK_WAIT_SECONDS) if world.main else True
+    if not world.from_main(held):
+        raise RunBusy(f"another process trains in {run.root}; wait for it, or stop it")
+    try:
+        return _train(job, attempt, world, run)
+    finally:
+        if world.main:
+            lock.release()
+        leave_world()
+
+
+def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
+    from ditty.trainer import Place, Trainer
+
+    store = Store(job.home)
+    done = store.find("train", job.key) if world.main else None
+    if world.from_main(done is not None):
+        return Result(Status.OK, job.spec.train.max_steps or 0)
+    module, feed, held_out = _load(job, world)
+    beat = _heartbeat(attempt, world.rank)
+    place = Place(run, world, identity=job.inputs, heartbeat=beat)
+    trainer = Trainer(module, feed, job.spec.train, place, held_out)
+    outcome = trainer.fit()
+    if not outcome.finished:
+        return Result(
+            Status.PREEMPTED,
+            outcome.step,
+            Preempted.__name__,
+            f"stopped after step {outcome.step} by a {outcome.reason}; a rerun resumes there",
+            retryable=outcome.reason != "stop file",
+        )
+    if world.main:
+        beat("commit", outcome.step)
+        _commit(job, store, run, module)
+    world.gather(None)
+    return Result(Status.OK, outcome.step)
+
+
+def _load(job: Job, world: Any) -> tuple[Any, Any, Any]:
+    from transformers import AutoTokenizer
+
+    from ditty import tables
+    from ditty.evaluate import HeldOut
+    from ditty.feed import packed_feed
+    from ditty.model import load_base, prepare_model
+
+    spec = job.spec
+    assert job.data_dir is not None, "training reads packed rows"
+    base = load_base(job.model_dir, spec.model, spec.train.precision, world.device)
+    module = prepare_model(
+        base,
+        spec.model,
+        seed=spec.train.seed,
+        gradient_checkpointing=spec.train.gradient_checkpointing,
+    )
+    feed = packed_feed(tables.read(job.data_dir / "train.arrow"), spec.train, world)
+    held_out = HeldOut(
+        tables.read(job.data_dir / "eval.arrow"),
+        AutoTokenizer.from_pretrained(job.model_dir, local_files_only=True),
+        spec.train.num_samples,
+        spec.train.sample_max_tokens,
+    )
+    return module, feed, held_out
+
+
+def _heartbeat(attempt: Path, rank: int) -> Any:
+    from ditty.heartbeat import Heartbeat
+
+    return Heartbeat(attempt / "heartbeat" / f"rank_{rank:05d}.json")
+
+
+def _commit(job: Job, store: Store, run: RunDir, module: Any) -> None:
+    """The trained adapter or model as an artifact, with its tokenizer and its metrics."""
+    from transformers import AutoTokenizer
+
+    from ditty.model import save_trained
+
+    records = list(run.metrics())
+    facts: dict[str, Any] = {
+        "stage": "train",
+        "inputs": job.inputs,
+        "run": job.spec.name,
+        "base_model": job.spec.model.base_model,
+        "steps": max((r["step"] for r in records), default=0),
+        "eval": [{k: r[k] for k in ("step", "loss")} for r in records if r["kind"] == "eval"],
+        "loss": next((r["loss"] for r in reversed(records) if r["kind"] == "train"), None),
+    }
+    with store.commit("train", job.key, facts) as out:
+        save_trained(module, job.spec.model.base_model, out)
+        AutoTokenizer.from_pretrained(job.model_dir, local_files_only=True).save_pretrained(out)
+
+
+STAGES: dict[str, Callable[[Job, Path], Result]] = {
+    "fetch": convert,
+    "prequantize": prequantize,
+    "train": train,
+}
+
+
+def explain(error: BaseException) -> Result:
+    """The result of an attempt that ended in `error`."""
+    if _out_of_memory(error):
+        advice = "lower train.micro_batch_size or data.seq_len, or set train.gradient_checkpointing"
+        message = f"{error}. It would not fit the next time either: {advice}"
+        return Result(Status.FAILED, kind=OutOfMemory.__name__, message=message)
+    if isinstance(error, DittyError):
+        name = type(error).__name__
+        return Result(Status.FAILED, kind=name, message=str(error), retryable=error.retryable)
+    text = "".join(traceback.format_exception_only(error)).strip()
+    # A lost peer or a full network buffer passes; a bug does not.
+    passing = isinstance(error, ConnectionError | TimeoutError) or any(
+        word in text for word in ("NCCL", "gloo", "Connection closed by peer", "Broken pipe")
+    )
+    return Result(Status.FAILED, kind=type(error).__name__, message=text, retryable=passing)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # By name: importing torch to ask would cost seconds in stages that do without.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def main(arguments: list[str]) -> int:
+    """Run one stage; the exit code is 0 unless it failed."""
+    stage, attempt = arguments[0], Path(arguments[1])
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        result = STAGES[stage](Job.read(attempt), attempt)
+    except Exception as error:
+        traceback.print_exc()
+        result = explain(error)
+    # The rank that failed first knows why; the others only that it is gone.
+    if result.status is not Status.FAILED or not (attempt / "result.json").exists():
+        if os.environ.get("RANK", "0") == "0" or result.status is Status.FAILED:
+            write_result(attempt, result)
+    return 0 if result.status is not Status.FAILED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,459 @@
+"""Stages in processes of their own: their output, their end, and that nothing of them is left."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ditty import launch
+from ditty.environment import child_environment
+from ditty.errors import Crashed, DataError, OutOfMemory, Preempted, RunError
+from ditty.files import read_json
+from ditty.launch import raise_for_result, run_guarded, run_stage
+from ditty.rundir import Result, Status
+from ditty.spec import Device, LaunchSpec
+
+WAIT_SECONDS = 120.0  # until we call a process stuck
+CPU = LaunchSpec(device=Device.CPU, threads=1)
+
+# Two children in sessions of their own, as torchrun's ranks are: one saves on SIGTERM, one is deaf.
+TREE = """
+    import os, signal, subprocess, sys, time
+    def note(name):
+        with open(name + ".part", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename(name + ".part", name)
+    def save(*_):
+        print("saving")
+        time.sleep(0.3)
+        note("saved")
+        print("saved")
+        os._exit(0)
+    role = sys.argv[1]
+    if role == "parent":
+        for child in ("good", "deaf"):
+            subprocess.Popen([sys.executable, __file__, child], start_new_session=True)
+    signal.signal(signal.SIGTERM, {"good": save, "deaf": signal.SIG_IGN}.get(role, signal.SIG_DFL))
+    note(role)
+    time.sleep(600)
+"""
+ROLES = ("parent", "good", "deaf")
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < end, f"waited {WAIT_SECONDS:g} s for {what}"
+        time.sleep(0.02)
+
+
+def gone(process: psutil.Process) -> bool:
+    """Ended; where nobody reaps orphans (pid 1 of some containers) a zombie may stay."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Files:
+    """Scripts in the current directory, and the processes that left their pid in a file there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seen: list[psutil.Process] = []
+
+    def script(self, name: str, text: str) -> list[str]:
+        path = self.folder / name
+        path.write_text(textwrap.dedent(text))
+        return [sys.executable, str(path)]
+
+    def there(self, *names: str) -> bool:
+        return all((self.folder / name).exists() for name in names)
+
+    def processes(self, *names: str) -> list[psutil.Process]:
+        wait_for(lambda: self.there(*names), str(names))
+        found = [psutil.Process(int((self.folder / name).read_text())) for name in names]
+        self.seen += found
+        return found
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    files = Files(tmp_path)
+    yield files
+    for process in files.seen:
+        if not gone(process):
+            process.kill()
+
+
+def run(command: list[str], log_path: Path, **kwargs: Any) -> int:
+    """run_guarded with defaults for what a test does not look at."""
+    defaults = {
+        "env": child_environment(CPU),
+        "grace": 20.0,
+        "on_line": lambda line: None,
+        "check": lambda: None,
+    }
+    return run_guarded(command, log_path=log_path, **{**defaults, **kwargs})
+
+
+class Stop(BaseException):
+    """What Prefect raises on SIGTERM is no Exception either."""
+
+
+# run_guarded
+
+
+def test_lines_arrive_complete_and_in_order(files: Files) -> None:
+    command = files.script(
+        "talk.py",
+        """
+        import sys, time
+        def put(data):
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        for i in range(3000):
+            print("line", i)
+        euro = "\\u20ac".encode()
+        put(b"half "); time.sleep(0.5); put(b"a line " + euro[:1]); time.sleep(0.5); put(euro[1:])
+        put(b"\\r\\n")
+        print("to stderr", file=sys.stderr)
+        for percent in range(0, 101, 25):
+            put(b"\\r%d%%" % percent); time.sleep(0.1)
+        put(b"\\nbad \\xff\\n\\nthe end")
+        """,
+    )
+    log_path = files.folder / "log.txt"
+    log_path.write_text("of an earlier run\n")
+    lines: list[str] = []
+    assert run(command, log_path, on_line=lines.append) == 0
+    assert lines == [
+        *(f"line {i}" for i in range(3000)),
+        *("half a line \u20ac", "to stderr", "100%", "bad \ufffd", "", "the end"),
+    ]
+    assert log_path.read_bytes().startswith(b"of an earlier run\nline 0\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("pass", 0), ("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)],
+)
+def test_exit_codes(text: str, code: int, files: Files) -> None:
+    assert run(files.script("end.py", text), files.folder / "log.txt") == code
+
+
+def test_a_command_that_cannot_start_says_so_in_the_log(files: Files) -> None:
+    lines: list[str] = []
+    assert run([str(files.folder / "none")], files.folder / "log.txt", on_line=lines.append) == 127
+    assert "cannot start" in lines[-1]
+
+
+@pytest.mark.parametrize("where", ["check", "on_line"])
+def test_an_exception_stops_the_tree_and_passes(where: str, files: Files) -> None:
+    command = [*files.script("tree.py", TREE), "parent"]
+    found: list[psutil.Process] = []
+    lines: list[str] = []
+
+    def stop_when_ready(*_: str) -> None:
+        if not found:
+            if not files.there(*ROLES):
+                return
+            found.extend(files.processes(*ROLES))
+            if where == "on_line":
+                (files.folder / "log.txt").open("a").write("a line\n")
+                return
+            raise Stop
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        if line == "a line":
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(command, files.folder / "log.txt", grace=2.0, on_line=on_line, check=stop_when_ready)
+    assert len(found) == 3
+    assert [p for p in found if p.is_running()] == []
+    assert files.there("saved")
+    # What was printed while it was stopped has arrived too.
+    assert lines[-2:] == ["saving", "saved"]
+
+
+def test_a_second_exception_leaves_at_once_and_nothing_behind(files: Files) -> None:
+    command = [*files.script("tree.py", TREE), "parent"]
+    raised: list[int] = []
+
+    def interrupt(*_: object) -> None:
+        if files.there(*ROLES) and len(raised) < 2:
+            if not raised:
+                files.processes(*ROLES)
+            raised.append(1)
+            raise Stop
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.3)
+    try:
+        with pytest.raises(Stop):
+            run(command, files.folder / "log.txt", grace=2.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(raised) == 2, "the second came while the first was dealt with"
+    wait_for(lambda: all(gone(p) for p in files.seen), "the tree to end")
+    assert files.there("saved")
+
+
+LAUNCHER = """
+    import os, sys, time
+    from pathlib import Path
+    from ditty.launch import run_guarded
+    how = sys.argv[1]
+    def check():
+        if how == "fork" and not os.path.exists("fork") and os.fork() == 0:
+            Path("fork.part").write_text(str(os.getpid()))
+            os.rename("fork.part", "fork")
+            time.sleep(600)
+            os._exit(0)
+    if how == "closed":
+        for fd in (0, 1, 2):
+            os.close(fd)
+    code = run_guarded(
+        sys.argv[2:], log_path=Path("log.txt"), env=dict(os.environ), grace=1.5,
+        on_line=lambda line: None, check=check,
+    )
+    Path("code").write_text(str(code))
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "fork"])
+def test_sigkill_of_the_launching_process_leaves_nothing(how: str, files: Files) -> None:
+    """`fork`: a forked child of it still holds the pipe whose end would tell the guard."""
+    command = [*files.script("launcher.py", LAUNCHER), how]
+    command += [*files.script("tree.py", TREE), "parent"]
+    launcher = subprocess.Popen(command, env=child_environment(CPU))
+    processes = files.processes(*ROLES)
+    if how == "fork":
+        files.processes("fork")
+    guards = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    left = [*processes, *(g for g in guards if g not in files.seen)]
+    assert len(left) == 4
+    wait_for(lambda: all(gone(p) for p in left), "the tree and its guard to end")
+    assert files.there("saved"), "the one that saves was given the time"
+
+
+def test_closed_standard_streams(files: Files) -> None:
+    command = [*files.script("launcher.py", LAUNCHER), "closed"]
+    command += files.script("end.py", "print('alive')\nraise SystemExit(5)")
+    launcher = subprocess.Popen(command, env=child_environment(CPU))
+    assert launcher.wait(WAIT_SECONDS) == 0
+    assert (files.folder / "code").read_text() == "5"
+    assert (files.folder / "log.txt").read_text() == "alive\n"
+
+
+# run_stage
+
+WORKER = """
+    import os, sys, time
+    from pathlib import Path
+    from ditty.files import read_json, write_json
+    from ditty.rundir import Result, Status, write_result
+    stage, attempt = sys.argv[1], Path(sys.argv[2])
+    job = read_json(attempt / "job.json")
+    write_json(attempt / "environment.json", dict(os.environ))
+    print("stage", stage, "of", os.getcwd())
+    if "crash" in job:
+        for i in range(100):
+            print("last words", i)
+        os.kill(os.getpid(), job["crash"])
+    write_result(attempt, Result(**{**job["result"], "status": Status(job["result"]["status"])}))
+    sys.exit(job.get("code", 0))
+"""
+
+
+@pytest.fixture
+def attempt(files: Files, monkeypatch: pytest.MonkeyPatch) -> Path:
+    files.script("fake_worker.py", WORKER)
+    monkeypatch.setattr(launch, "WORKER_MODULE", "fake_worker")
+    folder = files.folder / "attempt"
+    folder.mkdir()
+    return folder
+
+
+def stage(job: dict[str, Any], attempt: Path, spec: LaunchSpec = CPU, **kwargs: Any) -> Result:
+    defaults = {"distributed": False, "on_line": lambda line: None, "check": lambda: None}
+    return run_stage("train", job, attempt, spec, **{**defaults, **kwargs})
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"status": "ok", "step": 7},
+        {"status": "preempted", "step": 3, "message": "saved", "retryable": True},
+        {"status": "failed", "kind": "DataError", "message": "no rows"},
+    ],
+)
+def test_the_result_counts_not_the_exit_code(result: dict[str, Any], attempt: Path) -> None:
+    lines: list[str] = []
+    got = stage({"result": result, "code": 1}, attempt, on_line=lines.append)
+    assert got == Result(**{**result, "status": Status(result["status"])})
+    assert lines == [f"stage train of {os.getcwd()}"]
+    assert (attempt / "log.txt").read_text().splitlines() == lines
+
+
+def test_no_result_is_a_crash_and_its_last_words_are_told(attempt: Path) -> None:
+    got = stage({"crash": int(signal.SIGKILL)}, attempt)
+    assert (got.status, got.kind, got.retryable) == (Status.FAILED, "Crashed", True)
+    first, *lines = got.message.splitlines()
+    assert "exit code 137 (SIGKILL)" in first
+    assert str(attempt / "log.txt") in first
+    assert [line.strip() for line in lines] == [f"last words {i}" for i in range(80, 100)]
+    with pytest.raises(Crashed, match="last words 99") as caught:
+        raise_for_result(got)
+    assert caught.value.retryable
+
+
+def test_the_record_of_a_launch_has_no_secret(
+    attempt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_TOKEN"):
+        monkeypatch.setenv(name, f"canary-{name}")
+    spec = CPU.model_copy(update={"environment": ["MY_TOKEN"], "num_processes": 3})
+    assert stage({"result": {"status": "ok"}}, attempt, spec).status is Status.OK
+
+    child = read_json(attempt / "environment.json")
+    assert "AWS_SECRET_ACCESS_KEY" not in child
+    assert child["MY_TOKEN"] == "canary-MY_TOKEN"
+    (attempt / "environment.json").unlink()  # the fake worker's own
+
+    texts = {path.name: path.read_text() for path in attempt.iterdir()}
+    assert set(texts) == {"job.json", "launch.json", "log.txt", "result.json"}
+    assert [name for name, text in texts.items() if "canary" in text] == []
+    assert platform.node() not in texts["launch.json"]
+    record = json.loads(texts["launch.json"])
+    assert record["argv"] == [sys.executable, "-m", "fake_worker", "train", str(attempt)]
+    assert (record["device"], record["num_processes"]) == ("cpu", 1)
+    assert record["versions"]["python"] == platform.python_version()
+    assert record["versions"]["torch"]
+    assert "MY_TOKEN" in record["environment"]
+    assert record["git_commit"] is None  # the current directory is no repository
+
+
+def test_the_record_names_the_commit(attempt: Path) -> None:
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    stage({"result": {"status": "ok"}}, attempt)
+    assert read_json(attempt / "launch.json")["git_commit"] == head.stdout.strip()
+
+
+RANK = """
+    import json, os, signal, sys, time
+    from pathlib import Path
+    from accelerate import PartialState
+    import torch
+    from ditty.files import write_json
+    from ditty.rundir import Result, Status, write_result
+    attempt = Path(sys.argv[2])
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+    state = PartialState(cpu=True)
+    total = torch.tensor([state.process_index + 1.0])
+    torch.distributed.all_reduce(total)
+    write_json(attempt / f"rank{state.process_index}.json", {
+        "argv": sys.argv[1:], "world": state.num_processes, "sum": total.item(), "pid": os.getpid(),
+        "backend": torch.distributed.get_backend(), "threads": os.environ["OMP_NUM_THREADS"],
+        "type": str(state.distributed_type), "session": os.getsid(0),
+        "mixed_precision": os.environ["ACCELERATE_MIXED_PRECISION"],
+        "fsdp": os.environ.get("ACCELERATE_USE_FSDP"),
+    })
+    while not told:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    if state.process_index == 0:
+        write_result(attempt, Result(Status.PREEMPTED, step=1))
+    (attempt / f"saved{state.process_index}").touch()
+"""
+
+
+def test_two_processes_are_one_world_and_end_together(
+    files: Files, attempt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With everything around that would make accelerate launch something else in silence."""
+    files.script("fake_worker.py", RANK)
+    machine_wide = files.folder / "hf" / "accelerate" / "default_config.yaml"
+    machine_wide.parent.mkdir(parents=True)
+    machine_wide.write_text("distributed_type: MULTI_CPU\nnum_processes: 1\n")
+    monkeypatch.setenv("HF_HOME", str(files.folder / "hf"))
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    spec = LaunchSpec(device=Device.CPU, threads=1, num_processes=2, grace_seconds=20)
+    ranks: list[dict[str, Any]] = []
+
+    def stop_when_joined() -> None:
+        records = [read_json(attempt / f"rank{rank}.json") for rank in (0, 1)]
+        if all(records):
+            ranks.extend(records)
+            raise Stop
+
+    with pytest.raises(Stop):
+        stage({}, attempt, spec, distributed=True, check=stop_when_joined)
+
+    for rank in ranks:
+        assert rank["argv"] == ["train", str(attempt)]
+        assert (rank["world"], rank["sum"], rank["backend"]) == (2, 3.0, "gloo")
+        assert (rank["threads"], rank["mixed_precision"], rank["fsdp"]) == ("1", "no", None)
+    assert ranks[0]["pid"] != ranks[1]["pid"]
+    assert not any(psutil.pid_exists(rank["pid"]) for rank in ranks)
+    assert [p.name for p in sorted(attempt.glob("saved*"))] == ["saved0", "saved1"]
+
+
+def test_one_process_through_accelerate(attempt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert stage({"result": {"status": "ok"}}, attempt, distributed=True).status is Status.OK
+    child = read_json(attempt / "environment.json")
+    assert (child["ACCELERATE_USE_CPU"], child["OMP_NUM_THREADS"]) == ("True", "1")
+    assert not {"ACCELERATE_USE_FSDP", "WORLD_SIZE", "RANK"} & set(child)
+
+
+# raise_for_result
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "retryable"),
+    [
+        (Result(Status.PREEMPTED, step=4, message="m"), Preempted, True),
+        (Result(Status.FAILED, kind="DataError", message="m"), DataError, False),
+        (Result(Status.FAILED, kind="DataError", message="m", retryable=True), DataError, True),
+        (Result(Status.FAILED, kind="OutOfMemory", message="m"), OutOfMemory, False),
+        (Result(Status.FAILED, kind="Crashed", message="m"), Crashed, False),
+        (Result(Status.FAILED, kind="ZeroDivisionError", message="m"), RunError, False),
+        (Result(Status.FAILED, kind="__doc__", message="m", retryable=True), RunError, True),
+    ],
+)
+def test_raise_for_result(result: Result, error: type[RunError], retryable: bool) -> None:
+    with pytest.raises(error, match="m") as caught:
+        raise_for_result(result)
+    assert type(caught.value) is error
+    assert caught.value.retryable is retryable
+    if error is RunError:
+        assert result.kind in str(caught.value)
+    assert not DataError.retryable, "the class itself is left alone"
+
+
+def test_ok_raises_nothing() -> None:
+    raise_for_result(Result(Status.OK, step=9))

@@ -1,0 +1,305 @@
+"""The training loop against a plain PyTorch loop, and against itself when split and resumed."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from ditty import attention
+from ditty.batches import collate
+from ditty.errors import ArtifactDamaged, RunError, RunMismatch
+from ditty.evaluate import HeldOut, held_out_loss
+from ditty.feed import PackedFeed
+from ditty.loss import token_loss_sum
+from ditty.model import add_adapter, load_base, prepare_model, trainable
+from ditty.optim import learning_rate
+from ditty.rundir import RunDir
+from ditty.sampler import BatchSplit, SampleOrder
+from ditty.spec import ModelSpec, Precision, Sampling, Schedule, TrainSpec
+from ditty.trainer import Place, Trainer
+from ditty.world import single
+from tests.tiny import make_model_folder, random_rows, tiny_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+def build(folder: Path, *, adapter: str = "none", attention_kind: str = "packed", **model):
+    spec = ModelSpec(base_model=str(folder), adapter=adapter, attention=attention_kind, **model)
+    base = load_base(folder, spec, Precision.FP32, CPU)
+    return prepare_model(base, spec, seed=0, gradient_checkpointing=False)
+
+
+def settings(**changes) -> TrainSpec:
+    values = {
+        "max_steps": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 4, "precision": "fp32",
+        "learning_rate": 1e-3, "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5,
+    }  # fmt: skip
+    return TrainSpec(**(values | changes))
+
+
+def feed_of(rows, train: TrainSpec) -> PackedFeed:
+    split = BatchSplit(train.micro_batch_size, train.gradient_accumulation_steps, 0, 1)
+    order = SampleOrder(len(rows), split.global_batch_size, train.sampling, train.seed)
+    return PackedFeed(rows, order, split)
+
+
+def run_trainer(folder, tmp_path, train=None, *, rows=None, name="run", module=None, **build_options):
+    train = train or settings()
+    module = module or build(folder, **build_options)
+    run = RunDir(tmp_path / name)
+    run.root.mkdir(parents=True, exist_ok=True)
+    place = Place(run, single(), {"train": train.model_dump(mode="json", include={"learning_rate"})})
+    trainer = Trainer(module, feed_of(rows or random_rows(30), train), train, place)
+    outcome = trainer.fit()
+    return trainer, outcome, [r for r in run.metrics() if r["kind"] == "train"]
+
+
+def plain_loop(folder, rows, train: TrainSpec, adapter: str):
+    """The reference: what a careful person would write without ditty, one document at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter == "lora":
+        model = add_adapter(model, ModelSpec(base_model=""), train.seed)
+    model.train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate)
+    schedule = get_scheduler(train.schedule.value, optimizer, train.warmup_steps, train.max_steps)
+    size = train.micro_batch_size * train.gradient_accumulation_steps
+    order = SampleOrder(len(rows), size, train.sampling, train.seed).samples(0)
+    losses, norms, rates = [], [], []
+    for _ in range(train.max_steps):
+        documents = []
+        for row in (rows[next(order)] for _ in range(size)):
+            start = 0
+            for n in row["lengths"]:
+                pair = row["input_ids"][start : start + n], row["labels"][start : start + n]
+                documents.append(tuple(torch.tensor(x) for x in pair))
+                start += n
+        total = sum(int((labels[1:] != -100).sum()) for _, labels in documents)
+        loss = torch.zeros(())
+        for ids, labels in documents:
+            logits = model(input_ids=ids[None]).logits[0]
+            loss = loss + F.cross_entropy(logits[:-1], labels[1:], reduction="sum") / total
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(params, train.max_grad_norm)))
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, rates
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_first_ten_steps_equal_a_plain_loop(folder, tmp_path, adapter, schedule):
+    rows, train = random_rows(30), settings(schedule=schedule)
+    losses, norms, rates = plain_loop(folder, rows, train, adapter)
+    _, outcome, metrics = run_trainer(folder, tmp_path, train, rows=rows, adapter=adapter)
+    assert outcome.finished and [m["step"] for m in metrics] == list(range(1, 11))
+    assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-5)
+    assert [m["grad_norm"] for m in metrics] == pytest.approx(norms, rel=1e-4)
+    assert [m["learning_rate"] for m in metrics] == pytest.approx(rates, rel=1e-12)
+    assert losses[0] != losses[-1] and min(norms) > 0
+
+
+@pytest.mark.parametrize("kind", ["packed", "sdpa", "eager"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_packed_loss_equals_unpacked(tmp_path, kind, window):
+    from transformers import MistralConfig
+
+    config = tiny_config()
+    if window:
+        config = MistralConfig(**{**config.to_dict(), "model_type": "mistral", "sliding_window": window})
+    model = build(make_model_folder(tmp_path / "m", config), attention_kind=kind).eval()
+    rows = random_rows(6)
+    packed = float(token_loss_sum(model, model, collate(rows)).detach())
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager").eval()
+    unpacked = 0.0
+    for row in rows:
+        start = 0
+        for n in row["lengths"]:
+            ids, labels = (torch.tensor(row[k][start : start + n]) for k in ("input_ids", "labels"))
+            with torch.no_grad():
+                logits = reference(input_ids=ids[None], use_cache=False).logits[0]
+            unpacked += float(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
+            start += n
+    assert packed == pytest.approx(unpacked, rel=1e-5)
+    assert sum(len(r["lengths"]) for r in rows) > len(rows), "no row is packed"
+
+
+def test_documents_do_not_see_each_other(folder):
+    model = build(folder).eval()
+    row = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100] * 3 + [8, 9, 10], "lengths": [3, 3]}
+    other = {**row, "input_ids": [99, 98, 97, 8, 9, 10]}
+    losses = [float(token_loss_sum(model, model, collate([r])).detach()) for r in (row, other)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("micro, accumulation", [(2, 4), (8, 1)])
+def test_accumulation_changes_nothing(folder, tmp_path, micro, accumulation):
+    _, _, one = run_trainer(
+        folder, tmp_path, settings(micro_batch_size=1, gradient_accumulation_steps=8), name="a"
+    )
+    train = settings(micro_batch_size=micro, gradient_accumulation_steps=accumulation)
+    _, _, other = run_trainer(folder, tmp_path, train, name="b")
+    assert [m["loss"] for m in other] == pytest.approx([m["loss"] for m in one], rel=1e-6)
+    assert [m["supervised_tokens"] for m in other] == [m["supervised_tokens"] for m in one]
+    assert len({m["supervised_tokens"] for m in one}) > 1, "all batches weigh the same"
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.parameters.items()}
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_resume_is_bitwise_twice_and_across_an_epoch(folder, tmp_path, adapter):
+    """10 + 7 + 3 steps of 8 over 30 rows, dropout on, cross two epoch boundaries."""
+    options = {"adapter": adapter, "lora_dropout": 0.3 if adapter == "lora" else 0.0}
+    whole, _, metrics = run_trainer(
+        folder, tmp_path, settings(max_steps=20), name="whole", **options
+    )
+    stopper = StopAt(10)
+    for stop in (10, 17, None):
+        train = settings(max_steps=20, save_steps=5)
+        module = build(folder, **options)
+        if stop:
+            stopper = StopAt(stop)
+            stopper.attach(module, RunDir(tmp_path / "parts"), train)
+        part, outcome, parts = run_trainer(folder, tmp_path, train, name="parts", module=module)
+        assert outcome.step == (stop or 20) and outcome.finished is (stop is None)
+        RunDir(tmp_path / "parts").stop_file.unlink(missing_ok=True)
+    assert [m["loss"] for m in parts] == [m["loss"] for m in metrics]
+    expected, got = weights(whole), weights(part)
+    assert all(torch.equal(expected[n], got[n]) for n in expected)
+
+
+class StopAt:
+    """Asks the run to stop during the forward passes of a step, as the flow would."""
+
+    def __init__(self, step: int):
+        self.step, self.calls = step, 0
+
+    def attach(self, module, run: RunDir, train: TrainSpec) -> None:
+        first = max(run.committed_steps(), default=0)
+        calls = (self.step - first) * train.gradient_accumulation_steps
+
+        def count(*_):
+            self.calls += 1
+            if self.calls == calls:
+                run.stop_file.touch()
+
+        module.register_forward_pre_hook(count)
+
+
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_used(folder, tmp_path):
+    whole, _, _ = run_trainer(folder, tmp_path, settings(save_steps=4), name="whole")
+    trainer, _, _ = run_trainer(folder, tmp_path, settings(save_steps=4), name="run")
+    run = RunDir(tmp_path / "run")
+    assert run.committed_steps() == [8, 10]
+    victim = run.checkpoint(10) / "optimizer.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    again, _, _ = run_trainer(folder, tmp_path, settings(save_steps=4), name="run")
+    assert list(run.checkpoints.glob(".bad-step_000000010-*"))
+    expected, got = weights(whole), weights(again)
+    assert all(torch.equal(expected[n], got[n]) for n in expected)
+
+
+def test_no_checkpoint_verifies_is_an_error_and_no_fresh_start(folder, tmp_path):
+    run_trainer(folder, tmp_path, settings(max_steps=4, save_steps=2))
+    run = RunDir(tmp_path / "run")
+    for step in run.committed_steps():
+        (run.checkpoint(step) / "state.json").unlink()
+    with pytest.raises(ArtifactDamaged, match="none of the checkpoints"):
+        run_trainer(folder, tmp_path, settings(max_steps=4, save_steps=2))
+
+
+def test_changed_spec_is_refused_and_named(folder, tmp_path):
+    run_trainer(folder, tmp_path, settings(max_steps=2))
+    with pytest.raises(RunMismatch, match=r"learning_rate was 0\.001, now 0\.5"):
+        run_trainer(folder, tmp_path, settings(max_steps=2, learning_rate=0.5))
+
+
+def test_non_finite_loss_is_never_committed(folder, tmp_path):
+    module = build(folder)
+    train = settings(max_steps=6, save_steps=1, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0)
+    with pytest.raises(RunError, match="step 2: loss"):
+        run_trainer(folder, tmp_path, train, module=module)
+    assert RunDir(tmp_path / "run").committed_steps() == [1]
+
+
+def test_learning_rates_equal_transformers():
+    for schedule in Schedule:
+        train = settings(schedule=schedule, max_steps=17, warmup_steps=4, learning_rate=0.3)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+        name = "constant_with_warmup" if schedule is Schedule.CONSTANT else schedule.value
+        reference = get_scheduler(name, optimizer, 4, 17)
+        for step in range(17):
+            assert math.isclose(learning_rate(step, 17, train), optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            reference.step()
+
+
+def test_held_out_loss_and_gradient_checkpointing(folder):
+    rows = random_rows(5, seed=9)
+    model = build(folder)
+    loss, tokens = held_out_loss(model, rows, Precision.FP32, single())
+    batch = collate(rows)
+    assert tokens == int((batch["labels"] != -100).sum())
+    assert loss == pytest.approx(float(token_loss_sum(model, model, batch).detach()) / tokens, rel=1e-5)
+    spec = ModelSpec(base_model=str(folder))
+    gradients = []
+    for checkpointing in (False, True):
+        base = load_base(folder, spec, Precision.FP32, CPU)
+        module = prepare_model(base, spec, seed=0, gradient_checkpointing=checkpointing)
+        token_loss_sum(module, base, batch).backward()
+        gradients.append([p.grad for p in trainable(module).values()])
+    assert all(g is not None and torch.equal(g, h) for g, h in zip(*gradients, strict=True))
+
+
+def test_generation_uses_a_cache_and_puts_packed_attention_back(folder):
+    from ditty.evaluate import complete
+    from tests.tiny import make_tokenizer
+
+    model = build(folder, adapter="lora")
+    base = model.get_base_model()
+    held_out = HeldOut(random_rows(2), make_tokenizer(), num_samples=2, sample_max_tokens=5)
+    samples = complete(base, held_out, Precision.FP32, CPU)
+    assert len(samples) == 2 and set(samples[0]) == {"prompt", "completion", "reference"}
+    assert base.config._attn_implementation == attention.NAME and model.training
+
+
+def test_order_is_a_permutation_and_seekable():
+    import numpy as np
+
+    lengths = np.array([(i * 7) % 13 + 1 for i in range(37)])
+    for sampling in Sampling:
+        order = SampleOrder(37, 4, sampling, seed=3, lengths=lengths)
+        stream = order.samples(0)
+        first = [next(stream) for _ in range(37 * 3)]
+        assert all(sorted(first[i : i + 37]) == list(range(37)) for i in (0, 37, 74))
+        middle = order.samples(50)
+        assert [next(middle) for _ in range(20)] == first[50:70]
+    assert SampleOrder(37, 4, Sampling.RANDOM, 3).epoch(0).tolist() != first[:37]
+    # The stream is pinned: a new numpy must not reorder anybody's run.
+    assert SampleOrder(6, 2, Sampling.RANDOM, 0).epoch(0).tolist() == [5, 2, 1, 4, 3, 0]
+    split = [BatchSplit(2, 2, rank, 2) for rank in range(2)]
+    order = SampleOrder(37, 8, Sampling.RANDOM, 3)
+    a, b = (s.micro_batches(order, 1) for s in split)
+    got = [*next(a), *next(b), *next(a), *next(b)]
+    samples = order.samples(8)
+    assert got == [next(samples) for _ in range(8)]
+
