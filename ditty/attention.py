@@ -119,7 +119,7 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
 def register() -> None:
     """Make `attn_implementation="ditty_packed"` known to transformers; may be called again."""
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)  # type: ignore[arg-type]
+    AttentionMaskInterface.register(NAME, _no_mask)
 
 
 def forward_kwargs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:

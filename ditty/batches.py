@@ -55,7 +55,9 @@ def flatten(batch: Mapping[str, Any]) -> Batch:
         return dict(batch)
     ids = torch.as_tensor(batch["input_ids"])
     given = batch.get("attention_mask")
-    mask = torch.ones_like(ids, dtype=torch.bool) if given is None else torch.as_tensor(given).bool()
+    mask = (
+        torch.ones_like(ids, dtype=torch.bool) if given is None else torch.as_tensor(given).bool()
+    )
     labels = torch.as_tensor(batch["labels"]) if "labels" in batch else ids
     lengths = mask.sum(1)
     return flat_batch(ids[mask], labels[mask], lengths[lengths > 0])

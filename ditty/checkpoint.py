@@ -21,7 +21,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditty.artifacts import MANIFEST, commit, set_aside, staging_dir, verify
+from ditty.artifacts import (
+    MANIFEST,
+    commit,
+    read_manifest,
+    set_aside,
+    staging_dir,
+    verify,
+)
 from ditty.errors import ArtifactDamaged, RunMismatch, StoreError
 from ditty.files import fsync_path, read_json, sha256_bytes, write_json
 from ditty.model import trainable
@@ -124,9 +131,9 @@ class Checkpointer:
         """Remove what a killed process left half-made; the caller holds the run's lock."""
         if self.run.checkpoints.is_dir():
             for path in self.run.checkpoints.iterdir():
-                if path.name.startswith(".tmp-") or not (path / MANIFEST).exists():
-                    if not path.name.startswith(".bad-"):
-                        shutil.rmtree(path, ignore_errors=True)
+                half_made = path.name.startswith(".tmp-") or not (path / MANIFEST).exists()
+                if half_made and not path.name.startswith(".bad-"):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest checkpoint that verifies; returns its step, 0 for a fresh start.
@@ -144,7 +151,7 @@ class Checkpointer:
         if step == 0:
             return 0
         path = self.run.checkpoint(step)
-        facts = read_json(path / MANIFEST)["facts"]
+        facts = read_manifest(path).facts
         check_identity(self.identity, facts["identity"], str(path))
         digests = self.world.gather(sha256_bytes((path / MANIFEST).read_bytes()))
         assert set(digests) == {digest}, f"ranks see different checkpoints at {path}: {digests}"
@@ -173,6 +180,7 @@ class Checkpointer:
 
     def _restore_rng(self, path: Path, step: int) -> None:
         state = read_json(path / "state.json")
+        assert state is not None, f"{path} was verified"
         if state["world_size"] == self.world.world_size:
             set_rng_state(load_file(path / f"rng_{self.world.rank:05d}.safetensors"))
             return
@@ -266,7 +274,8 @@ def rng_state() -> dict[str, torch.Tensor]:
     """All generators of this process as tensors."""
     version, words, gauss = random.getstate()
     assert version == 3, "Python's generator state has changed its layout"
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = legacy
     assert name == "MT19937", name
     state = {
         "torch": torch.get_rng_state(),

@@ -6,7 +6,6 @@ the largest shard. SmolLM2-135M from Q4_1: 25 s on two cores, 0.95 GB with 0.5 G
 """
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,13 +65,14 @@ def _read(link: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder, name = str(link.parent), link.name
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=name,
         quantization_config=GgufConfig(gguf_file=name, dequantize=True),
         dtype=torch.bfloat16,
         output_loading_info=True,
     )
+    model, info = loaded
     wrong = {
         kind: sorted(map(str, info[kind]))
         for kind in ("missing_keys", "mismatched_keys")
@@ -108,4 +108,4 @@ def _tidy(out: Path) -> None:
     """Give the safetensors, which are written as 0600, the mode of any other new file."""
     mode = (out / "config.json").stat().st_mode & 0o777
     for path in out.glob("*.safetensors"):
-        os.chmod(path, mode)
+        path.chmod(mode)

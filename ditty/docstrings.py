@@ -5,7 +5,6 @@ A data set that every machine has already: real code, no download, about 5,000 r
 """
 
 import ast
-import inspect
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -81,7 +80,7 @@ def _row(name: str, node: FunctionNode) -> dict[str, Any] | None:
     docstring = ast.get_docstring(node)
     if docstring is None or len(node.body) < 2:
         return None
-    answer = inspect.cleandoc(docstring.partition("\n\n")[0])
+    answer = docstring.partition("\n\n")[0].strip()
     if len(answer) not in DOCSTRING_CHARACTERS:
         return None
     node.body = node.body[1:]

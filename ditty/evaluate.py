@@ -16,9 +16,7 @@ from ditty.world import World
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Arithmetic in bf16 where the precision says so; nothing in fp32."""
-    return torch.autocast(
-        device.type, dtype=torch.bfloat16, enabled=precision is Precision.BF16
-    )
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is Precision.BF16)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -133,13 +134,12 @@ def _descendants() -> list[int]:
     and a child of ours stays in /proc, as a zombie if need be, until `_reap` takes it.
     """
     children = defaultdict(list)
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
             with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-                with open(f"/proc/{entry}/stat", "rb") as file:
-                    # pid (name, in which anything may stand) state ppid ...
-                    fields = file.read().rpartition(b")")[2].split()
-                children[int(fields[1])].append(int(entry))
+                # pid (name, in which anything may stand) state ppid ...
+                fields = (process / "stat").read_bytes().rpartition(b")")[2].split()
+                children[int(fields[1])].append(int(process.name))
     found, queue = [], [os.getpid()]
     while queue:
         below = children.pop(queue.pop(), [])

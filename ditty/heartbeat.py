@@ -1,4 +1,4 @@
-"""Signs of life, written by the training thread itself: a timer thread would beat through a hang."""
+"""Signs of life, written by the training thread itself: a timer would beat through a hang."""
 
 import json
 import os

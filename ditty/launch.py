@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,9 +313,12 @@ def _describe(argv: Sequence[str], env: Mapping[str, str], launch: LaunchSpec) -
 
 def _git_commit() -> str | None:
     """The commit checked out in the current directory; None where there is no repository or git."""
+    git = shutil.which("git")
+    if git is None:
+        return None
     try:
         answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
+            [git, "rev-parse", "HEAD"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

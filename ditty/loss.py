@@ -10,9 +10,7 @@ from ditty.attention import forward_kwargs
 from ditty.batches import IGNORED, Batch
 
 
-def token_loss_sum(
-    forward: torch.nn.Module, model: PreTrainedModel, batch: Batch
-) -> torch.Tensor:
+def token_loss_sum(forward: torch.nn.Module, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Summed cross-entropy of the supervised tokens of a flat batch, in nats, fp32 scalar.
 
     Logits are computed only where a supervised token is predicted: with completion-only loss

@@ -60,7 +60,7 @@ def add_adapter(model: PreTrainedModel, spec: ModelSpec, seed: int) -> torch.nn.
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=spec.lora_r,
-        lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
+        lora_alpha=spec.lora_alpha,
         lora_dropout=spec.lora_dropout,
         target_modules=spec.target_modules,
     )
@@ -77,10 +77,7 @@ def prepare_model(
     """The module to train: with its adapter, or itself; in train mode."""
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if spec.adapter is Adapter.LORA:
-        trained = add_adapter(model, spec, seed)
-    else:
-        trained = model
+    trained = add_adapter(model, spec, seed) if spec.adapter is Adapter.LORA else model
     trained.train()
     return trained
 

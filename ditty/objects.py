@@ -168,8 +168,8 @@ class Folder:
                 for name in names:
                     if name.startswith(TEMPORARY):
                         (Path(folder) / name).unlink(missing_ok=True)
-                if not os.listdir(folder):
-                    os.rmdir(folder)
+                if not any(Path(folder).iterdir()):
+                    Path(folder).rmdir()
 
     def _parent_of(self, key: str) -> Path:
         self._need_root()

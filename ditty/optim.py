@@ -8,7 +8,9 @@ import torch
 from ditty.spec import Schedule, TrainSpec
 
 
-def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], train: TrainSpec) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Mapping[str, torch.nn.Parameter], train: TrainSpec
+) -> torch.optim.AdamW:
     """AdamW with decoupled decay on matrices; vectors (norms, biases) are left alone."""
     groups = [
         {

@@ -1,21 +1,17 @@
 """NF4 quantization of a checkpoint that need not fit in memory: one tensor at a time.
 
-The result is what `from_pretrained(source, quantization_config=...)` followed by `save_pretrained`
-would write, bit for bit, at a fraction of the memory: one tensor, and one output shard. transformers
-itself decides which layers are quantized, which names a checkpoint may use and which weights stay in
-fp32; here is only the loop around it. See `_nf4` for the one place where threads would matter.
+The result is what transformers' own quantization gives, bit for bit, in the memory of one tensor
+and one output shard; `from_pretrained` loads it and quantizes nothing.
 
-Loading it: on CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place in an eval-mode
-forward, which breaks later gradients; `ditty.model.keep_4bit_weights` turns that off. Quantizing is
-not affected.
+On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place in an eval-mode forward, which
+spoils later gradients. That concerns who loads the result (ditty.model.keep_4bit_weights turns it
+off), not the quantization, which runs no layer.
 
-Source: arXiv:2305.14314 (NF4, double quantization).
+Source: arXiv:2305.14314 (NF4 and double quantization).
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,42 +21,18 @@ from safetensors.torch import save_file
 
 from ditty.errors import ModelError, StoreError
 from ditty.files import write_json
-from ditty.modelfolder import INDEX, WEIGHTS, check_folder, tokenizer_files, weight_files
+from ditty.modelfolder import INDEX, WEIGHTS, check_folder, tokenizer_files
+from ditty.quantplan import BLOCK, NESTED_BLOCK, Tensor, plan, skeleton
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-BLOCK = 64  # weights that share a scale
-NESTED_BLOCK = 256  # scales that share a scale
-CHUNK = 1 << 22  # weights quantized in one call; bitsandbytes needs about 24 bytes for each
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SPARE = 64 << 20  # bytes of disk beyond the estimate
+CHUNK = 1 << 22  # weights quantized in one call: bitsandbytes needs about 24 bytes for each
+SPARE_BYTES = 64 << 20  # of disk, beyond the result
+COPIED = ("generation_config.json", "*.py")
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of the source and what becomes of it.
-
-    Attributes:
-        file: the safetensors file that holds it.
-        name: its name there, which it keeps.
-        target: the model's name for it.
-        dtype: what it is cast to, before anything else.
-        quantized: NF4, or a plain copy.
-        transposed: of a Conv1D (GPT-2), which holds its weight as [in, out].
-        source_bytes, result_bytes: sizes, the latter exact to a few hundred bytes.
-    """
-
-    file: Path
-    name: str
-    target: str
-    dtype: torch.dtype
-    quantized: bool
-    transposed: bool
-    source_bytes: int
-    result_bytes: int
 
 
 def quantize_nf4(
@@ -74,45 +46,43 @@ def quantize_nf4(
 ) -> dict[str, Any]:
     """Quantize the model in `source` into the existing folder `out`, with double quantization.
 
+    The same source gives the same bytes, whatever the number of threads.
+
     Args:
         source: config.json, safetensors, tokenizer.
-        out: gets config.json with a quantization_config, shards and index, and copies of the
-            tokenizer and generation files; `from_pretrained(out)` loads it.
-        dtype: "float32" or "bfloat16": what weights are cast to first, what the weights that are
-            not quantized are kept in, and what the layers compute in.
+        out: gets config.json with a quantization_config, shards and their index, and copies of
+            the tokenizer and generation files.
+        dtype: "float32" or "bfloat16": what weights are cast to first, what those that are not
+            quantized are kept in, and what the quantized layers compute in.
         max_shard_bytes: of one output file; a larger tensor gets a file of its own.
-        progress: called after each tensor with (source bytes done, of how many, name).
+        progress: called after each tensor with source bytes done, source bytes in all, and name.
         trust_remote_code: build the model from the folder's own code.
     Returns:
-        facts: quantized_weights, other_weights (counts), bytes, shards, dtype, ignored (names in
-            the checkpoint that transformers does not load).
+        facts: quantized_weights and other_weights (counts), bytes, shards, dtype, ignored (names
+        in the checkpoint that transformers does not load either).
     Raises:
-        ModelError: a checkpoint that does not fit its config, is quantized already, or keeps
-            weights where bitsandbytes does not quantize them (fused experts).
+        ModelError: the checkpoint does not fit its config, is quantized already, or has weights
+            where bitsandbytes cannot reach them (fused experts).
         StoreError: the disk has no room for the result.
     """
     if dtype not in DTYPES:
         raise ModelError(f"cannot quantize from dtype {dtype!r}, expected {' or '.join(DTYPES)}")
     check_folder(source, quantize=True)
     settings = _settings(DTYPES[dtype])
-    model = _skeleton(source, settings, DTYPES[dtype], trust_remote_code)
-    tensors, ignored = _plan(model, source, DTYPES[dtype])
-    _check_disk(out, sum(t.result_bytes for t in tensors))
-    shards = _write_shards(tensors, out, max_shard_bytes, progress)
+    model = skeleton(source, settings, DTYPES[dtype], trust_remote_code)
+    tensors, ignored = plan(model, source, DTYPES[dtype])
+    _check_disk(out, sum(tensor.result_bytes for tensor in tensors))
+    shards = _split(tensors, max_shard_bytes)
+    _write(shards, out, progress)
     _write_config(model, settings, source, out)
-    quantized = [p for n, p in model.named_parameters() if _is_quantized(model, n)]
-    total = sum(p.numel() for p in model.parameters())
     return {
-        "quantized_weights": sum(p.numel() for p in quantized),
-        "other_weights": total - sum(p.numel() for p in quantized),
+        "quantized_weights": sum(tensor.count for tensor in tensors if tensor.quantized),
+        "other_weights": sum(tensor.count for tensor in tensors if not tensor.quantized),
         "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
-        "shards": shards,
+        "shards": len(shards),
         "dtype": dtype,
         "ignored": ignored,
     }
-
-
-# --- what transformers would do -------------------------------------------------------------------
 
 
 def _settings(dtype: torch.dtype) -> "BitsAndBytesConfig":
@@ -127,139 +97,117 @@ def _settings(dtype: torch.dtype) -> "BitsAndBytesConfig":
     )
 
 
-def _skeleton(
-    source: Path, settings: "BitsAndBytesConfig", dtype: torch.dtype, trust_remote_code: bool
-) -> "PreTrainedModel":
-    """The model without weights, its layers replaced as in from_pretrained.
-
-    The steps are those of `PreTrainedModel.from_pretrained`, up to where it reads weights.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ModelError(f"transformers cannot build the model of {source}: {error}") from error
-    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # of the biases of replaced layers
-    try:
-        quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
-    finally:
-        torch.set_default_dtype(before)
-    model.hf_quantizer = quantizer
-    _refuse_fused(model, source)
-    return model
-
-
-def _refuse_fused(model: "PreTrainedModel", source: Path) -> None:
-    """Raise where large weights would stay as they are without a word: experts fused in one tensor.
-
-    bitsandbytes replaces linear layers; a parameter of three dimensions outside a convolution is
-    a stack of matrices that it does not see.
-    """
-    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim >= 3 and not isinstance(owner, convolutions):
-            raise ModelError(
-                f"{name} of {source} has shape {list(parameter.shape)}: experts fused in one "
-                "tensor, which bitsandbytes cannot quantize and would leave in full size. "
-                "Use model.quantization: none, or a dense model"
-            )
-    if not any(_is_quantized(model, name) for name, _ in model.named_parameters()):
-        raise ModelError(f"the model in {source} has no linear layer that could be quantized")
-
-
-def _is_quantized(model: "PreTrainedModel", name: str) -> bool:
-    return model.hf_quantizer.param_needs_quantization(model, name)
-
-
-class _Names:
-    """From a checkpoint's names to the model's, by transformers' own rules for this model."""
-
-    def __init__(self, model: "PreTrainedModel"):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        rules = get_model_conversion_mapping(model, None, model.hf_quantizer)
-        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        self.prefix = model.base_model_prefix
-        self.known = model.state_dict()
-
-    def target(self, name: str) -> str | None:
-        """The model's name, or None where from_pretrained would not load the tensor.
-
-        Raises:
-            ModelError: several tensors would be put together, or one taken apart.
-        """
-        from transformers.core_model_loading import rename_source_key
-
-        found, pattern = rename_source_key(
-            name, self.renamings, self.converters, self.prefix, self.known
+def _check_disk(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if free < needed + SPARE_BYTES:
+        raise StoreError(
+            f"{out} has {free / 1e9:.1f} GB free, the quantized model needs "
+            f"{(needed + SPARE_BYTES) / 1e9:.1f} GB: free some, or set DITTY_HOME to another disk"
         )
-        if found not in self.known and name in self.known:
-            found, pattern = name, None
-        if pattern is not None:
-            raise ModelError(
-                f"the checkpoint's tensor {name} is converted by transformers when it is loaded "
-                f"({pattern}), which streaming does not do: use model.quantization: none"
-            )
-        return found if found in self.known else None
 
 
-def _dtype_of(model: "PreTrainedModel", dtype: torch.dtype) -> Callable[[str], torch.dtype]:
-    """What from_pretrained casts a parameter to: `dtype`, but for those a model keeps in fp32."""
-    from transformers.core_model_loading import build_glob_alternation
-
-    plan = model._get_dtype_plan(dtype)
-    known = model.state_dict()
-    if not plan:
-        return lambda name: dtype if _is_quantized(model, name) else known[name].dtype
-    pattern, group_names, _ = build_glob_alternation(list(plan))
-
-    def cast(name: str) -> torch.dtype:
-        match = pattern.search(name)
-        if match is not None and match.lastgroup is not None:
-            return plan[group_names[match.lastgroup]]
-        return dtype if _is_quantized(model, name) else known[name].dtype
-
-    return cast
+def _split(tensors: list[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
+    """Consecutive tensors of at most `max_shard_bytes` together, or a single larger one."""
+    shards: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.result_bytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.result_bytes
+    return shards
 
 
-# --- what the checkpoint holds --------------------------------------------------------------------
+def _write(shards: list[list[Tensor]], out: Path, progress: Progress | None) -> None:
+    """Write the shards, and an index if there are several."""
+    total = sum(tensor.source_bytes for shard in shards for tensor in shard)
+    done = size = 0
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = WEIGHTS if len(shards) == 1 else several
+        content: dict[str, torch.Tensor] = {}
+        for tensor in shard:
+            content.update(_convert(tensor))
+            done += tensor.source_bytes
+            if progress is not None:
+                progress(done, total, tensor.name)
+        save_file(content, out / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(content, file))
+        size += sum(value.nbytes for value in content.values())
+    if len(shards) > 1:
+        write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _plan(
-    model: "PreTrainedModel", source: Path, dtype: torch.dtype
-) -> tuple[list[Tensor], list[str]]:
-    """Every tensor to be written, in the order of the files, and the names that are not loaded."""
-    names = _Names(model)
-    cast = _dtype_of(model, dtype)
-    tensors: list[Tensor] = []
-    ignored: list[str] = []
-    seen: dict[str, str] = {}
-    for file, name, shape, source_bytes in _headers(source):
-        target = names.target(name)
-        if target is None:
-            ignored.append(name)
-            continue
-        if target in seen:
-            raise ModelError(f"{source}: both {seen[target]} and {name} are {target} of the model")
-        seen[target] = name
-        tensors.append(_describe(model, file, name, target, cast(target)))
-        expected = list(names.known[target].shape)
-        expected = expected[::-1] if tensors[-1].transposed else expected
-        if shape != expected:
-            raise ModelError(
-                f"{name} in {file} has shape {shape}, its config.json makes it {expected}: "
-                "weights and config are of different models"
-            )
-    _check_complete(model, set(seen), source)
-    return tensors, ignored
+def _convert(tensor: Tensor) -> dict[str, torch.Tensor]:
+    """What the output holds in place of one tensor of the source, by name."""
+    # Opened for each tensor: the pages of a mapping count as ours for as long as it is open.
+    with safe_open(tensor.file, framework="pt") as file:
+        value = file.get_tensor(tensor.name).to(tensor.dtype)
+        if not tensor.quantized:
+            return {tensor.name: value.clone()}
+        if tensor.transposed:
+            value = value.T
+        packed, state = _nf4(value.contiguous())
+    return {tensor.name: packed, **{f"{tensor.name}.{key}": part for key, part in state.items()}}
+
+
+def _nf4(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True)` in less memory.
+
+    In chunks of whole blocks, which do not depend on each other. The mean of the scales does, on
+    the number of threads that add them up (measured: the last bit, from 2.1 million weights on),
+    so that one thread does it: then it equals transformers' result in a process of one thread.
+
+    Returns:
+        packed [ceil(numel / 2), 1] uint8, and the state that a checkpoint holds beside it.
+    """
+    import bitsandbytes.functional as bnb
+
+    parts = [
+        bnb.quantize_4bit(chunk, blocksize=BLOCK, quant_type="nf4")
+        for chunk in weight.reshape(-1).split(CHUNK)
+    ]
+    packed = torch.cat([part for part, _ in parts])
+    scales = torch.cat([state.absmax for _, state in parts])
+    mean = _mean_in_one_thread(scales)
+    nested_scales, nested = bnb.quantize_blockwise(scales - mean, blocksize=NESTED_BLOCK)
+    state = bnb.QuantState(
+        absmax=nested_scales,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=BLOCK,
+        code=parts[0][1].code,
+        quant_type="nf4",
+        offset=mean,
+        state2=nested,
+    )
+    return packed, {key: part.clone() for key, part in state.as_dict(packed=True).items()}
+
+
+def _mean_in_one_thread(values: torch.Tensor) -> torch.Tensor:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return values.mean()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_config(
+    model: "PreTrainedModel", settings: "BitsAndBytesConfig", source: Path, out: Path
+) -> None:
+    """Everything beside the weights, so that `from_pretrained(out)` needs nothing else."""
+    model.config.quantization_config = settings.to_dict()
+    model.config.save_pretrained(out)
+    for path in [*tokenizer_files(source), *_existing(source, COPIED)]:
+        shutil.copyfile(path, out / path.name)
+    mode = (out / "config.json").stat().st_mode & 0o777
+    for path in out.glob("*.safetensors"):
+        path.chmod(mode)  # save_file leaves 0600
+
+
+def _existing(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from sorted(folder.glob(pattern))

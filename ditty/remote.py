@@ -192,7 +192,8 @@ class Remote:
             if not self._objects.download(f"{name}/{path}", local):
                 raise ArtifactDamaged(f"{where} is missing, although its manifest lists it")
             try:
-                return _verify_file(local, size, sha256, f"the manifest of {where}")
+                _verify_file(local, size, sha256, f"the manifest of {where}")
+                return
             except ArtifactDamaged as error:  # in transfer, or at rest: ask again to know
                 if transfer == TRANSFERS:
                     raise ArtifactDamaged(f"{where} is damaged: {error}") from error

@@ -1,13 +1,13 @@
 """The run directory: the only place where the flow process and the training process meet.
 
-    runs/<name>/
-      spec.json                      written once a run; no secrets
-      stages/<stage>/<attempt>/      launch.json, accelerate.yaml, log.txt, heartbeat/, result.json
-      metrics.jsonl                  append-only; the last record of a step wins
-      samples.jsonl                  completions of held-out prompts, before and after
-      checkpoints/step_000000200/    a manifest.json means committed
-      stop                           the flow asks: checkpoint, then exit
-      lock                           held by the training process
+runs/<name>/
+  spec.json                      written once a run; no secrets
+  stages/<stage>/<attempt>/      launch.json, accelerate.yaml, log.txt, heartbeat/, result.json
+  metrics.jsonl                  append-only; the last record of a step wins
+  samples.jsonl                  completions of held-out prompts, before and after
+  checkpoints/step_000000200/    a manifest.json means committed
+  stop                           the flow asks: checkpoint, then exit
+  lock                           held by the training process
 """
 
 import json

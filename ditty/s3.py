@@ -130,7 +130,7 @@ def classify(error: BaseException) -> Trouble | None:
         return Trouble.TRANSIENT
     if isinstance(error, no_keys + no_role):
         return Trouble.DENIED
-    if isinstance(error, boto.BotoCoreError):
+    if isinstance(error, boto.BotoCoreError | RecursionError):  # botocore follows 301s for ever
         return Trouble.REFUSED
     return Trouble.LOCAL if isinstance(error, OSError) else None
 
@@ -270,7 +270,7 @@ class Bucket:
     ) -> Iterator[dict[str, Any]]:
         request = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
         while True:
-            page = self._try(f"list {prefix}", lambda fs: fs.call_s3(method, **request))
+            page = self._try(f"list {prefix!r}", lambda fs: fs.call_s3(method, **request))
             yield page
             if not page.get("IsTruncated"):
                 return

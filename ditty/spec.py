@@ -59,7 +59,7 @@ class Quantization(StrEnum):
 
 
 class Attention(StrEnum):
-    """`packed`: one kernel call a document. `sdpa`, `eager`: transformers' own, block-diagonal mask."""
+    """`packed`: within documents only. `sdpa`, `eager`: transformers' own, block-diagonal mask."""
 
     PACKED = "packed"
     SDPA = "sdpa"
@@ -290,7 +290,7 @@ class LaunchSpec(Section):
 
 
 class UploadSpec(Section):
-    """Where committed checkpoints and the result are copied. Credentials come from the environment."""
+    """Where checkpoints and the result are copied. Credentials come from the environment."""
 
     url: str | None = None
     """`s3://bucket/prefix` or `file:///folder`; none: nothing is uploaded."""

@@ -117,12 +117,7 @@ def resolve(spec: RunSpec, store: Store) -> StageLine:
     pack_key = refs[-1].key
     model_key = basemodel.key(base)
     if spec.model.quantization is not Quantization.NONE:
-        inputs = {
-            "model": model_key,
-            "quantization": spec.model.quantization.value,
-            "dtype": base_dtype(spec),
-        }
-        refs.append(make_ref("prequantize", f"prequantize {spec.model.quantization}", inputs))
+        refs.append(prequantize_ref(spec, model_key))
         model_key = refs[-1].key
     refs.append(make_ref("train", "train", training_identity(spec, model_key, pack_key)))
     if spec.upload.url:
@@ -155,14 +150,24 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
         "options": data.model_dump(mode="json", include=fields),
     }
     refs.append(make_ref("tokenize", "tokenize", inputs))
-    inputs = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing}
-    refs.append(make_ref("pack", "pack", inputs))
+    packing = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing}
+    refs.append(make_ref("pack", "pack", packing))
     return refs
 
 
 def _short(reference: str) -> str:
     """`/a/b/ops.py:clean` -> `ops.py:clean`."""
     return Path(reference).name if reference.startswith("/") else reference
+
+
+def prequantize_ref(spec: RunSpec, model_key: str) -> StageRef:
+    """The stage that quantizes the base model `model_key` once."""
+    inputs = {
+        "model": model_key,
+        "quantization": spec.model.quantization.value,
+        "dtype": base_dtype(spec),
+    }
+    return make_ref("prequantize", f"prequantize {spec.model.quantization}", inputs)
 
 
 def base_dtype(spec: RunSpec) -> str:

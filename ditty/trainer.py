@@ -1,4 +1,4 @@
-"""The training loop: steps, held-out evaluation, checkpoints, and a clean end when asked to stop."""
+"""The training loop: steps, held-out evaluation, checkpoints, and a clean end when told to."""
 
 import logging
 import math
@@ -89,7 +89,9 @@ class Trainer:
     def _wrap(self) -> torch.nn.Module:
         if self.world.world_size == 1:
             return self.module
-        digests = self.world.gather([float(p.detach().double().sum()) for p in self.parameters.values()])
+        digests = self.world.gather(
+            [float(p.detach().double().sum()) for p in self.parameters.values()]
+        )
         assert digests.count(digests[0]) == len(digests), "ranks start from different weights"
         ids = [self.world.device.index] if self.world.device.type == "cuda" else None
         # All ranks have read the same files: broadcasting the frozen base would only cost time.
@@ -109,7 +111,8 @@ class Trainer:
         """
         self.beat("restore", 0)
         seed_all(self.train.seed + self.world.rank)
-        self.checkpointer.clear_staging() if self.world.main else None
+        if self.world.main:
+            self.checkpointer.clear_staging()
         step = saved = self.checkpointer.restore(self.module, self.optimizer)
         log.info("training from step %d to %d", step, self.total_steps)
         with stop_signal() as signalled:
@@ -160,13 +163,15 @@ class Trainer:
                     loss = token_loss_sum(self.forward, self.model, batch)
                 (loss * scale).backward()
             loss_sum += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.train.max_grad_norm)
+        parameters = list(self.parameters.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.train.max_grad_norm))
         (total,) = self.world.sum([float(loss_sum)])
-        mean, norm = total / max(tokens, 1), float(norm)
+        mean = total / max(tokens, 1)
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise RunError(
-                f"step {step + 1}: loss {mean}, gradient norm {norm}. Nothing of it was kept: lower "
-                "train.learning_rate or look at the rows of this step; a rerun resumes before it"
+                f"step {step + 1}: loss {mean}, gradient norm {norm}. Nothing of it was kept: "
+                "lower train.learning_rate (with another name), or look at the rows of this step; "
+                "a rerun resumes before it"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -132,7 +132,7 @@ def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
 def _load(job: Job, world: Any) -> tuple[Any, Any, Any]:
     from transformers import AutoTokenizer
 
-    from ditty import tables
+    from ditty.data import read_rows
     from ditty.evaluate import HeldOut
     from ditty.feed import packed_feed
     from ditty.model import load_base, prepare_model
@@ -146,9 +146,9 @@ def _load(job: Job, world: Any) -> tuple[Any, Any, Any]:
         seed=spec.train.seed,
         gradient_checkpointing=spec.train.gradient_checkpointing,
     )
-    feed = packed_feed(tables.read(job.data_dir / "train.arrow"), spec.train, world)
+    feed = packed_feed(read_rows(job.data_dir / "train.arrow"), spec.train, world)
     held_out = HeldOut(
-        tables.read(job.data_dir / "eval.arrow"),
+        read_rows(job.data_dir / "eval.arrow"),
         AutoTokenizer.from_pretrained(job.model_dir, local_files_only=True),
         spec.train.num_samples,
         spec.train.sample_max_tokens,
@@ -212,6 +212,16 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+def _speaks(result: Result, attempt: Path) -> bool:
+    """Whether this rank's result is the attempt's.
+
+    Rank 0 tells of success. The rank that failed first knows why; the others only that it is gone.
+    """
+    if result.status is Status.FAILED:
+        return not (attempt / "result.json").exists()
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main(arguments: list[str]) -> int:
     """Run one stage; the exit code is 0 unless it failed."""
     stage, attempt = arguments[0], Path(arguments[1])
@@ -221,10 +231,8 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         traceback.print_exc()
         result = explain(error)
-    # The rank that failed first knows why; the others only that it is gone.
-    if result.status is not Status.FAILED or not (attempt / "result.json").exists():
-        if os.environ.get("RANK", "0") == "0" or result.status is Status.FAILED:
-            write_result(attempt, result)
+    if _speaks(result, attempt):
+        write_result(attempt, result)
     return 0 if result.status is not Status.FAILED else 1
 
 

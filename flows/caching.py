@@ -16,7 +16,7 @@ import logging
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import anyio
 from prefect import Task
@@ -28,9 +28,7 @@ from pydantic import PrivateAttr
 
 from ditty.artifacts import Manifest, Store
 from ditty.files import FileLock, make_dir, read_json, write_atomic
-
-if TYPE_CHECKING:
-    from ditty.stages import StageRef
+from ditty.stages import StageRef
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ class Reference(TypedDict):
     digest: str
 
 
-def reference(ref: "StageRef", manifest: Manifest) -> Reference:
+def reference(ref: StageRef, manifest: Manifest) -> Reference:
     """The result of a stage's task."""
     return {"stage": ref.stage, "key": ref.key, "digest": manifest.digest}
 
@@ -206,7 +204,9 @@ class StageRecords(WritableFileSystem):
         assert "/" not in key, key
         return Path(self.home) / "prefect" / "records" / f"{key}.json"
 
-    def read_path(self, path: str, _sync: bool | None = None) -> bytes:
+    def read_path(  # type: ignore[override]  # as LocalFileSystem does
+        self, path: str, _sync: bool | None = None
+    ) -> bytes:
         """The record of the cache key `path`.
 
         Raises:
@@ -243,7 +243,9 @@ class StageRecords(WritableFileSystem):
         """`read_path` in a thread."""
         return await anyio.to_thread.run_sync(self.read_path, path)
 
-    def write_path(self, path: str, content: bytes, _sync: bool | None = None) -> None:
+    def write_path(  # type: ignore[override]
+        self, path: str, content: bytes, _sync: bool | None = None
+    ) -> None:
         """Record `content` under the cache key `path`."""
         hold = self._locks.hold(path)
         if hold is not None:

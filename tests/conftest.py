@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.ditty_home = Path(tempfile.mkdtemp(prefix="ditty-tests-"))  # type: ignore[attr-defined]
     os.environ["DITTY_HOME"] = str(config.ditty_home / "ditty")  # type: ignore[attr-defined]
     os.environ["PREFECT_HOME"] = str(config.ditty_home / "prefect")  # type: ignore[attr-defined]
-    os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
-    # Nobody looks for block types in the UI of a test: 3 of 8 seconds of the server's start.
-    os.environ["PREFECT_API_BLOCKS_REGISTER_ON_START"] = "false"
-    os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
+    os.environ["DO_NOT_TRACK"] = "1"
+    os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
     os.environ.pop("PREFECT_API_URL", None)
 
 
@@ -35,9 +34,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def prefect_api() -> Iterator[str]:
-    """A Prefect server with an empty database; its API url, for processes that a test starts."""
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
+    """A Prefect server with an empty database; its API url, for processes that a test starts.
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield PREFECT_API_URL.value()
+    It is the one of `ditty run`, so that a killed pytest leaves none behind.
+    """
+    from flows.server import is_healthy, local_server
+
+    with local_server() as url:
+        yield url
+    end = time.monotonic() + 20
+    while is_healthy(url):
+        assert time.monotonic() < end, f"{url} outlives its last user"
+        time.sleep(0.1)

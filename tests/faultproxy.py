@@ -1,26 +1,26 @@
 """An HTTP proxy on loopback that passes everything to one server, except for the faults asked for.
 
-Written for S3 clients: it answers `Expect: 100-continue` itself, keeps the signed Host header,
-and holds whole bodies in memory. `seen` lists every request as "METHOD /path?query".
+Written for S3 clients: it answers `Expect: 100-continue` itself and keeps the signed Host header.
+`seen` lists every request as "METHOD /path?query".
 """
 
-import http.client
 import re
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>injected</Message></Error>"
-NOT_PASSED_ON = {"expect", "connection", "keep-alive", "transfer-encoding"}
+OF_ONE_HOP = {"expect", "connection", "keep-alive", "transfer-encoding"}
 
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that `match` (a regular expression) finds.
-
-    Acts: `answer` with `status` and S3 error `code`; `silence`, not even 100 Continue;
+    """What happens to the next `times` requests that `match` (a regular expression) finds:
+    `answer` with `status` and S3 error `code`; `silence`, not even 100 Continue;
     `drop_reply` after the server did it; `flip_up` or `flip_down`, one bit of the body;
     `cut`, half of the reply's body; `unconditional`, without If-None-Match.
     """
@@ -32,116 +32,94 @@ class Fault:
     code: str = "SlowDown"
 
 
-class FaultProxy:
+class FaultProxy(ThreadingHTTPServer):
     """Use as a context manager; `url` is where clients go."""
 
     def __init__(self, upstream: str):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.upstream = urlsplit(upstream).netloc
         self.faults: list[Fault] = []
         self.seen: list[str] = []
-        self.closing = threading.Event()
-        self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.lock, self.over = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "FaultProxy":
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self.over.set()
+        self.shutdown()
+        super().__exit__()
 
-    def matching(self, pattern: str) -> list[str]:
-        """The requests seen so far that `pattern` finds."""
-        with self._lock:
-            return [line for line in self.seen if re.search(pattern, line)]
-
-    def wait_for(self, pattern: str, seconds: float = 30) -> None:
-        """Return once a matching request has come in."""
-        end = time.monotonic() + seconds
-        while not self.matching(pattern):
-            assert time.monotonic() < end, f"no request like {pattern} in {seconds} s: {self.seen}"
+    def matching(self, pattern: str, wait_s: float = 0) -> list[str]:
+        """The requests seen so far that `pattern` finds, waiting for the first of them."""
+        end = time.monotonic() + wait_s
+        while True:
+            found = [line for line in list(self.seen) if re.search(pattern, line)]
+            if found or time.monotonic() >= end:
+                return found
             time.sleep(0.02)
 
-    def fault_for(self, line: str) -> Fault | None:
+    def fault_for(self, line: str) -> Fault:
         """Note a request, and use up a fault for it."""
-        with self._lock:
+        with self.lock:
             self.seen.append(line)
             for fault in self.faults:
                 if fault.times > 0 and re.search(fault.match, line):
                     fault.times -= 1
                     return fault
-        return None
+        return Fault("", "pass")
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        proxy = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultProxy
 
-            def handle_expect_100(self) -> bool:
-                return True  # answered in `serve`, or not at all
+    def handle_expect_100(self) -> bool:
+        return True  # answered in `serve`, or not at all
 
-            def log_message(self, *_: object) -> None:
-                pass
+    def log_message(self, *_: object) -> None:
+        pass
 
-            def serve(self) -> None:
-                fault = proxy.fault_for(f"{self.command} {self.path}")
-                act = fault.act if fault else "pass"
-                if act == "silence":
-                    proxy.closing.wait()
-                    self.close_connection = True
-                    return
-                if "expect" in self.headers:
-                    self.send_response_only(100)
-                    self.end_headers()
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if fault and act == "answer":
-                    self.reply(fault.status, [], ERROR.format(fault.code).encode(), len)
-                    return
-                dropped = NOT_PASSED_ON | ({"if-none-match"} if act == "unconditional" else set())
-                status, headers, data = self.ask(flipped(body) if act == "flip_up" else body, dropped)
-                if act == "drop_reply":
-                    self.close_connection = True
-                    return
-                data = flipped(data) if act == "flip_down" else data
-                cut = data[: len(data) // 2] if act == "cut" else data
-                self.close_connection = act == "cut"
-                self.reply(status, headers, cut, lambda _: len(data))
+    def serve(self) -> None:
+        fault = self.server.fault_for(f"{self.command} {self.path}")
+        self.close_connection = fault.act in ("silence", "drop_reply", "cut")
+        if fault.act == "silence":
+            self.server.over.wait()
+            return
+        if "expect" in self.headers:
+            self.send_response_only(100)
+            self.end_headers()
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if fault.act == "unconditional":
+            del self.headers["If-None-Match"]
+        if fault.act == "answer":
+            self.reply(fault.status, {}, ERROR.format(fault.code).encode())
+        else:
+            answer = self.ask(flipped(body) if fault.act == "flip_up" else body)
+            if fault.act != "drop_reply":
+                self.reply(*answer, flip=fault.act == "flip_down")
 
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve  # noqa: N815
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve  # noqa: N815
 
-            def ask(self, body: bytes, dropped: set[str]) -> tuple[int, list, bytes]:
-                server = http.client.HTTPConnection(proxy.upstream, timeout=60)
-                server.putrequest(
-                    self.command, self.path, skip_host=True, skip_accept_encoding=True
-                )
-                for name, value in self.headers.items():
-                    if name.lower() not in dropped:
-                        server.putheader(name, value)
-                server.endheaders(body)
-                answer = server.getresponse()
-                data = answer.read()
-                server.close()
-                return answer.status, answer.getheaders(), data
+    def ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        headers = {n: v for n, v in self.headers.items() if n.lower() not in OF_ONE_HOP}
+        with closing(HTTPConnection(self.server.upstream, timeout=60)) as server:
+            server.request(self.command, self.path, body, headers)
+            answer = server.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
 
-            def reply(self, status: int, headers: list, data: bytes, length) -> None:
-                self.send_response_only(status)
-                for name, value in headers:
-                    if name.lower() not in NOT_PASSED_ON | {"content-length"}:
-                        self.send_header(name, value)
-                original = dict((name.lower(), value) for name, value in headers)
-                is_head = self.command == "HEAD"
-                self.send_header(
-                    "Content-Length", original.get("content-length", "0") if is_head else length(data)
-                )
-                self.end_headers()
-                self.wfile.write(b"" if is_head else data)
-
-        return Handler
+    def reply(self, status: int, headers: dict[str, str], data: bytes, flip: bool = False) -> None:
+        data = flipped(data) if flip else data
+        self.send_response_only(status)
+        headers.setdefault("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            if name.lower() not in OF_ONE_HOP:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if self.close_connection else data)
 
 
 def flipped(data: bytes) -> bytes:

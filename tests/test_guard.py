@@ -57,6 +57,7 @@ class Guarded:
         self.folder = folder
         self.guard: subprocess.Popen[bytes] | None = None
         self.writer: int | None = None
+        self.seen: list[psutil.Process] = []
 
     def start(self, script: str, grace: float) -> "Guarded":
         path = self.folder / "script.py"
@@ -78,7 +79,8 @@ class Guarded:
     def noted(self, name: str) -> psutil.Process:
         """The process that called note(name), once it has."""
         wait_for((self.folder / name).exists, name)
-        return psutil.Process(int((self.folder / name).read_text()))
+        self.seen.append(psutil.Process(int((self.folder / name).read_text())))
+        return self.seen[-1]
 
     def code(self) -> int:
         assert self.guard is not None
@@ -90,17 +92,14 @@ class Guarded:
         self.writer = None
 
     def clean_up(self) -> None:
-        if self.guard is not None:
-            left = psutil.Process(self.guard.pid).children(recursive=True) if self.alive() else []
-            for process in left:
+        for process in self.seen:
+            if not gone(process):
                 process.kill()
+        if self.guard is not None:
             self.guard.kill()
             self.guard.wait()
         if self.writer is not None:
             self.close()
-
-    def alive(self) -> bool:
-        return self.guard is not None and self.guard.poll() is None
 
 
 @pytest.fixture

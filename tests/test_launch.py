@@ -1,7 +1,6 @@
 """Stages in processes of their own: their output, their end, and that nothing of them is left."""
 
 import json
-import os
 import platform
 import signal
 import subprocess
@@ -35,7 +34,7 @@ TREE = """
         os.rename(name + ".part", name)
     def save(*_):
         print("saving")
-        time.sleep(0.3)
+        time.sleep(0.1)
         note("saved")
         print("saved")
         os._exit(0)
@@ -309,7 +308,7 @@ def test_the_result_counts_not_the_exit_code(result: dict[str, Any], attempt: Pa
     lines: list[str] = []
     got = stage({"result": result, "code": 1}, attempt, on_line=lines.append)
     assert got == Result(**{**result, "status": Status(result["status"])})
-    assert lines == [f"stage train of {os.getcwd()}"]
+    assert lines == [f"stage train of {Path.cwd()}"]
     assert (attempt / "log.txt").read_text().splitlines() == lines
 
 

@@ -51,12 +51,16 @@ def feed_of(rows, train: TrainSpec) -> PackedFeed:
     return PackedFeed(rows, order, split)
 
 
-def run_trainer(folder, tmp_path, train=None, *, rows=None, name="run", module=None, **build_options):
+def run_trainer(
+    folder, tmp_path, train=None, *, rows=None, name="run", module=None, **build_options
+):
     train = train or settings()
     module = module or build(folder, **build_options)
     run = RunDir(tmp_path / name)
     run.root.mkdir(parents=True, exist_ok=True)
-    place = Place(run, single(), {"train": train.model_dump(mode="json", include={"learning_rate"})})
+    place = Place(
+        run, single(), {"train": train.model_dump(mode="json", include={"learning_rate"})}
+    )
     trainer = Trainer(module, feed_of(rows or random_rows(30), train), train, place)
     outcome = trainer.fit()
     return trainer, outcome, [r for r in run.metrics() if r["kind"] == "train"]
@@ -121,11 +125,15 @@ def test_packed_loss_equals_unpacked(tmp_path, kind, window):
 
     config = tiny_config()
     if window:
-        config = MistralConfig(**{**config.to_dict(), "model_type": "mistral", "sliding_window": window})
+        config = MistralConfig(
+            **{**config.to_dict(), "model_type": "mistral", "sliding_window": window}
+        )
     model = build(make_model_folder(tmp_path / "m", config), attention_kind=kind).eval()
     rows = random_rows(6)
     packed = float(token_loss_sum(model, model, collate(rows)).detach())
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager").eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", attn_implementation="eager"
+    ).eval()
     unpacked = 0.0
     for row in rows:
         start = 0
@@ -235,7 +243,9 @@ def test_changed_spec_is_refused_and_named(folder, tmp_path):
 
 def test_non_finite_loss_is_never_committed(folder, tmp_path):
     module = build(folder)
-    train = settings(max_steps=6, save_steps=1, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0)
+    train = settings(
+        max_steps=6, save_steps=1, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0
+    )
     with pytest.raises(RunError, match="step 2: loss"):
         run_trainer(folder, tmp_path, train, module=module)
     assert RunDir(tmp_path / "run").committed_steps() == [1]
@@ -259,7 +269,9 @@ def test_held_out_loss_and_gradient_checkpointing(folder):
     loss, tokens = held_out_loss(model, rows, Precision.FP32, single())
     batch = collate(rows)
     assert tokens == int((batch["labels"] != -100).sum())
-    assert loss == pytest.approx(float(token_loss_sum(model, model, batch).detach()) / tokens, rel=1e-5)
+    assert loss == pytest.approx(
+        float(token_loss_sum(model, model, batch).detach()) / tokens, rel=1e-5
+    )
     spec = ModelSpec(base_model=str(folder))
     gradients = []
     for checkpointing in (False, True):
@@ -302,4 +314,3 @@ def test_order_is_a_permutation_and_seekable():
     got = [*next(a), *next(b), *next(a), *next(b)]
     samples = order.samples(8)
     assert got == [next(samples) for _ in range(8)]
-

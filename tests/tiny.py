@@ -23,7 +23,9 @@ def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    vocabulary = {
+        token: i for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    }
     vocabulary |= {c: i + len(vocabulary) for i, c in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,7 +67,9 @@ def make_model_folder(folder: Path, config: Any = None, tokenizer: Any = None) -
     return folder
 
 
-def random_rows(count: int, *, seed: int = 0, longest: int = 40, documents: int = 3) -> list[dict[str, Any]]:
+def random_rows(
+    count: int, *, seed: int = 0, longest: int = 40, documents: int = 3
+) -> list[dict[str, Any]]:
     """Packed rows of unequal length; about half of the tokens are supervised."""
     generator = torch.Generator().manual_seed(seed)
 

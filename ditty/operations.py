@@ -1,0 +1,136 @@
+"""Row operations: a user's function over a table, through `datasets`, without its caches.
+
+Its fingerprints are not used (see `functions.digest`), and its cache files live in a temporary
+directory: the stage's own artifact is the cache.
+"""
+
+import contextlib
+import difflib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ditty import functions, tables
+from ditty.errors import DataError, DittyError
+from ditty.sources import DATA
+from ditty.spec import Operation, OperationMethod
+
+
+def apply(operation: Operation, source: Path, out: Path, num_proc: int) -> dict[str, Any]:
+    """Apply one operation to `source/data.arrow`; the result is `out/data.arrow`.
+
+    `num_proc` does not change the result: a batched function runs in one process, since more
+    would move the borders of its batches.
+
+    Returns:
+        rows_in, rows, columns.
+
+    Raises:
+        DataError: the function cannot be found, raises (names the row), or returns what the
+            method cannot use; a column to remove is missing; or no row is left.
+    """
+    import datasets
+
+    before = datasets.Dataset.from_file(str(source / DATA))
+    label = f"operation {operation.method} {operation.function}"
+    _check_removed(operation, before.column_names, label)
+    with (
+        functions.importable(),
+        tempfile.TemporaryDirectory(prefix=".ditty-", dir=out) as scratch,
+        _quiet(),
+    ):
+        call = _Call(functions.resolve(operation.function), operation, label)
+        after = _run(before, operation, call, Path(scratch), num_proc)
+        schema = after.features.arrow_schema.remove_metadata()
+        batches = after.with_format("arrow").iter(batch_size=tables.BATCH_ROWS)
+        rows = tables.write(out / DATA, batches, schema)
+    if rows == 0:
+        raise DataError(f"{label} leaves none of {before.num_rows} rows")
+    return {"rows_in": before.num_rows, "rows": rows, "columns": schema.names}
+
+
+class _Call:
+    """The user's function with errors that say where; pickled by name for worker processes."""
+
+    def __init__(self, function: Callable[..., Any], operation: Operation, label: str):
+        self.function = function
+        self.operation = operation
+        self.label = label
+
+    def __call__(self, row: Any, index: Any, **kwargs: Any) -> Any:
+        """Call it with a row and its number, or with columns and a list of numbers."""
+        try:
+            result = self.function(row, **kwargs)
+        except DittyError:
+            raise
+        except Exception as error:  # the user's code ran: anything can come out of it
+            raise DataError(
+                f"{self.label} failed at {self._where(index)}: {type(error).__name__}: {error}"
+            ) from error
+        problem = self._problem(result, index)
+        if problem:
+            raise DataError(f"{self.label} at {self._where(index)}: {problem}")
+        return result
+
+    def _where(self, index: Any) -> str:
+        if not self.operation.batched:
+            return f"row {index}"
+        return f"rows {index[0]} to {index[-1]}" if index else "no rows"
+
+    def _problem(self, result: Any, index: Any) -> str | None:
+        got = f"returned {type(result).__name__} {str(result)[:40]}"
+        if self.operation.method is OperationMethod.MAP:
+            return None if hasattr(result, "keys") else f"{got}, expected a dict of columns"
+        if result is None:
+            return f"{got}, expected true or false"
+        if self.operation.batched and len(result) != len(index):
+            return f"returned {len(result)} values for {len(index)} rows"
+        return None
+
+
+def _run(before: Any, operation: Operation, call: _Call, scratch: Path, num_proc: int) -> Any:
+    """`Dataset.filter` or `Dataset.map`, its caches off or in `scratch`."""
+    options: dict[str, Any] = {
+        "with_indices": True,
+        "fn_kwargs": operation.kwargs,
+        "batched": operation.batched,
+        "num_proc": num_proc if num_proc > 1 and not operation.batched else None,
+        "load_from_cache_file": False,
+        "cache_file_name": str(scratch / "result.arrow"),
+        "new_fingerprint": "ditty",  # or datasets pickles the function to make one
+    }
+    if operation.method is OperationMethod.MAP and operation.remove_columns:
+        options["remove_columns"] = operation.remove_columns
+    try:
+        return getattr(before, operation.method.value)(call, **options)
+    except DataError:
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        # Arrow's errors are of these kinds: the rows that came back do not fit one table.
+        raise DataError(f"{call.label}: {type(error).__name__}: {error}") from error
+
+
+def _check_removed(operation: Operation, present: list[str], label: str) -> None:
+    for name in operation.remove_columns:
+        if name not in present:
+            close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise DataError(
+                f"{label}: remove_columns names {name!r}, the data has {', '.join(present)}{hint}"
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of datasets' for the block: the log is a file."""
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

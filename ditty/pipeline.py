@@ -1,0 +1,180 @@
+"""`Pipeline`: fine-tune from Python. Subclass it, override `dataset()`, call `run()`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ditty import basemodel, stages
+from ditty.artifacts import Store, commit_dir
+from ditty.environment import resolve_device
+from ditty.errors import ModelError, RunBusy, SpecError
+from ditty.feed import LoaderFeed
+from ditty.files import locked, sha256_bytes
+from ditty.model import load_base, prepare_model, save_trained
+from ditty.rundir import RunDir
+from ditty.spec import LaunchSpec, ModelSpec, Quantization, RunSpec, TrainSpec
+from ditty.specfile import parse_spec
+from ditty.trainer import Outcome, Place, Trainer
+from ditty.world import World, join_world, leave_world
+
+# The seed's names for keys of the spec.
+ALIASES = {
+    "model_name_or_path": "base_model",
+    "batch_size": "micro_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "checkpoint_every": "save_steps",
+}
+
+
+class Pipeline:
+    """One training: base model, adapter, data, checkpoints.
+
+        class Mine(Pipeline):
+            def dataset(self):
+                data = Data(load_kwargs={...}, tokenizer=self.tokenizer, seed=self.seed,
+                            batch_size=self.batch_size, grad_accum=self.grad_accum)
+                return data.prepare([("filter", keep, {}), ("map", tokenize, {})])
+
+        Mine("org/model", output_dir="out", adapter="lora", learning_rate=1e-4).run()
+
+    Run it with python, or with `accelerate launch` on several processes. Running it again resumes
+    from the newest checkpoint in `output_dir`.
+
+    Args:
+        base_model: hub id, folder, or .gguf file.
+        output_dir: a run directory (checkpoints, metrics.jsonl); the result goes to `final`.
+        options: keys of the spec's sections `model` and `train`, or their older names
+            (model_name_or_path, batch_size, grad_accum, checkpoint_every).
+    Raises:
+        SpecError: an unknown option (with the nearest known one), or a value that does not fit.
+    """
+
+    def __init__(self, base_model: str = "", output_dir: str = "./output", **options: Any):
+        options = {ALIASES.get(name, name): value for name, value in options.items()}
+        base_model = options.pop("base_model", base_model)
+        if not base_model:
+            raise SpecError("Pipeline needs base_model: a hub id, a folder, or a .gguf file")
+        self.spec = _spec(base_model, options)
+        self.output_dir = Path(output_dir).absolute()
+        self.store = Store()
+        self.seed = self.spec.train.seed
+        self.batch_size = self.spec.train.micro_batch_size
+        self.grad_accum = self.spec.train.gradient_accumulation_steps
+        self.base = basemodel.identify(self.spec.model.base_model, self.spec.model.revision)
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.model_dir())
+        return self._tokenizer
+
+    def dataset(self) -> DataLoader[Any]:
+        """Override: the batches to train on, dicts of input_ids, attention_mask, labels [B, T]."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no dataset(): override it to return a "
+            "torch.utils.data.DataLoader, e.g. Data(...).prepare([...])"
+        )
+
+    def model_dir(self) -> Path:
+        """The base model's folder, fetched (and a .gguf converted) on first use."""
+        with locked(self.store.lock("fetch", basemodel.key(self.base)).path):
+            found = basemodel.locate(self.base, self.store)
+            if found:
+                return found
+            if self.base.kind == basemodel.Kind.HUB:
+                return basemodel.fetch(self.base, self.store)
+            from ditty.convert import convert_gguf
+
+            facts: dict[str, Any] = {"stage": "fetch", "inputs": self.base.identity}
+            with self.store.commit("fetch", basemodel.key(self.base), facts) as out:
+                facts.update(convert_gguf(Path(self.base.name), out))
+        return self.model_dir()
+
+    def weights_dir(self) -> Path:
+        """The folder that is loaded: the base model's, or its quantized twin from the store."""
+        if self.spec.model.quantization is Quantization.NONE:
+            return self.model_dir()
+        source = self.model_dir()
+        ref = stages.prequantize_ref(self.spec, basemodel.key(self.base))
+        with locked(self.store.lock(ref.stage, ref.key).path):
+            if not self.store.find(ref.stage, ref.key):
+                from ditty.quantize import quantize_nf4
+
+                facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
+                with self.store.commit(ref.stage, ref.key, facts) as out:
+                    facts.update(quantize_nf4(source, out, stages.base_dtype(self.spec)))
+        return self.store.path(ref.stage, ref.key)
+
+    def run(self) -> Outcome:
+        """Train, resuming from the newest checkpoint; write the result to `output_dir`/final.
+
+        Raises:
+            DittyError: see Trainer.fit.
+            RunBusy: another process trains in `output_dir`.
+        """
+        device = resolve_device(LaunchSpec())
+        world = join_world(device, int(os.environ.get("WORLD_SIZE", "1")))
+        run = RunDir(self.output_dir)
+        run.root.mkdir(parents=True, exist_ok=True)
+        lock = run.training_lock()
+        if not world.from_main(lock.acquire(timeout=0) if world.main else True):
+            raise RunBusy(f"another process trains in {self.output_dir}")
+        try:
+            return self._train(world, run)
+        finally:
+            if world.main:
+                lock.release()
+            leave_world()
+
+    def _train(self, world: World, run: RunDir) -> Outcome:
+        train = self.spec.train
+        base = load_base(self.weights_dir(), self.spec.model, train.precision, world.device)
+        module = prepare_model(
+            base,
+            self.spec.model,
+            seed=train.seed,
+            gradient_checkpointing=train.gradient_checkpointing,
+        )
+        loader = self.dataset()
+        if not isinstance(loader, DataLoader):
+            raise ModelError(
+                f"{type(self).__name__}.dataset() returned {type(loader).__name__}, "
+                "expected a torch.utils.data.DataLoader"
+            )
+        feed = LoaderFeed(loader, train.gradient_accumulation_steps, world)
+        spec = self.spec.model_copy(update={"launch": LaunchSpec(num_processes=world.world_size)})
+        rows = sha256_bytes(repr([b["input_ids"].tolist() for b in next(feed.steps(0))]).encode())
+        rows = world.from_main(rows)
+        identity = stages.training_identity(spec, basemodel.key(self.base), rows)
+        outcome = Trainer(module, feed, train, Place(run, world, identity)).fit()
+        final = run.root / "final"
+        if outcome.finished and world.main and not final.exists():
+            with commit_dir(final, {"step": outcome.step, "identity": identity}) as out:
+                save_trained(module, self.spec.model.base_model, out)
+                self.tokenizer.save_pretrained(out)
+        return outcome
+
+
+def _spec(base_model: str, options: dict[str, Any]) -> RunSpec:
+    """A spec from flat options, each put into the section that knows it."""
+    model: dict[str, Any] = {"base_model": base_model}
+    train: dict[str, Any] = {}
+    for name, value in options.items():
+        section = model if name in ModelSpec.model_fields else train
+        section[name] = value
+    values = {
+        "name": "pipeline",
+        "data": {"source": "Pipeline.dataset"},
+        "model": model,
+        "train": train,
+    }
+    return parse_spec(values, where="Pipeline")
+
+
+assert not set(ModelSpec.model_fields) & set(TrainSpec.model_fields), "an option must be one thing"

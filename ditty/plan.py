@@ -1,0 +1,132 @@
+"""What a run of a spec would do: which stages are cached, which will run and why, and how long."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ditty import preflight, stages
+from ditty.artifacts import Manifest, Store
+from ditty.environment import resolve_device
+from ditty.errors import DittyError
+from ditty.remote import Remote
+from ditty.rundir import RunDir
+from ditty.spec import RunSpec
+
+SHOWN_FACTS = ("rows", "train_rows", "eval_rows", "tokens", "supervised_tokens", "fill_rate")
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One line of a plan.
+
+    Attributes:
+        state: "cached" or "will run".
+        why: in a few words.
+        facts: counts that the finished stage has recorded.
+    """
+
+    stage: str
+    title: str
+    key: str
+    state: str
+    why: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A plan of the whole run; `steps` and `epochs` are None while the rows are not counted."""
+
+    name: str
+    device: str
+    num_processes: int
+    global_batch_size: int
+    steps: int | None
+    epochs: float | None
+    stages: tuple[PlannedStage, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+
+def make_plan(spec: RunSpec, store: Store) -> RunPlan:
+    """Plan a run; reads sources and the store, starts nothing.
+
+    Raises:
+        DittyError: the run could not start; see preflight.check.
+    """
+    preflight.check_store(store)
+    line = stages.resolve(spec, store)
+    preflight.check_model(spec, line)
+    preflight.check_run(spec, store)
+    planned: list[PlannedStage] = []
+    manifests: dict[str, Manifest] = {}
+    for ref in line.refs:
+        manifest = _done(ref, spec, store)
+        if manifest:
+            manifests[ref.stage] = manifest
+        planned.append(_planned(ref, manifest, planned, spec, store))
+    rows = manifests["pack"].facts["rows"] if "pack" in manifests else None
+    batch = spec.global_batch_size
+    steps = spec.train.max_steps or (math.ceil(spec.train.epochs * rows / batch) if rows else None)
+    epochs = steps * batch / rows if rows and steps else None
+    device = resolve_device(spec.launch)
+    processes = spec.launch.num_processes
+    return RunPlan(spec.name, device, processes, batch, steps, epochs, tuple(planned))
+
+
+def _done(ref: stages.StageRef, spec: RunSpec, store: Store) -> Manifest | None:
+    if not ref.key:
+        return None
+    if ref.stage == "upload":
+        assert spec.upload.url
+        name = f"{spec.name}/final/{ref.inputs['train']}"
+        return Remote(spec.upload.url).manifest(name) if ref.inputs["train"] else None
+    if ref.stage == "fetch":
+        return _fetched(ref, spec, store)
+    return store.find(ref.stage, ref.key)
+
+
+def _fetched(ref: stages.StageRef, spec: RunSpec, store: Store) -> Manifest | None:
+    from ditty import basemodel
+
+    base = basemodel.identify(spec.model.base_model, spec.model.revision)
+    if basemodel.locate(base, store) is None:
+        return None
+    return Manifest(facts={}, files={})
+
+
+def _planned(
+    ref: stages.StageRef,
+    manifest: Manifest | None,
+    before: list[PlannedStage],
+    spec: RunSpec,
+    store: Store,
+) -> PlannedStage:
+    if manifest is not None:
+        facts = {k: manifest.facts[k] for k in SHOWN_FACTS if k in manifest.facts}
+        return PlannedStage(
+            ref.stage, ref.title, ref.key, "cached", "in the store, verified", facts
+        )
+    if not ref.key:
+        why = "its key needs the base model's tokenizer, which is not fetched yet"
+    elif any(p.state == "will run" for p in before):
+        first = next(p for p in before if p.state == "will run")
+        why = f"not in the store; after {first.stage}"
+    else:
+        why = "not in the store"
+    if ref.stage == "train":
+        steps = RunDir.named(spec.name, store.home).committed_steps()
+        why += f"; resumes from step {steps[-1]}" if steps else ""
+    return PlannedStage(ref.stage, ref.title, ref.key, "will run", why)
+
+
+def result_of(spec: RunSpec, store: Store) -> tuple[str, Manifest] | None:
+    """(folder, manifest) of the trained adapter or model, if it is in the store."""
+    try:
+        ref = stages.resolve(spec, store).need("train")
+    except DittyError:
+        return None
+    manifest = store.find("train", ref.key) if ref.key else None
+    return None if manifest is None else (str(store.path("train", ref.key)), manifest)

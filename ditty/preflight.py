@@ -1,0 +1,91 @@
+"""What can be known to fail before anything is started is said here, by name."""
+
+import uuid
+
+from ditty import basemodel, stages
+from ditty.artifacts import Store
+from ditty.environment import child_environment
+from ditty.errors import RunMismatch, StoreError
+from ditty.files import make_dir, read_json
+from ditty.remote import Remote
+from ditty.rundir import RunDir
+from ditty.spec import Quantization, RunSpec
+
+
+def check(spec: RunSpec, store: Store) -> stages.StageLine:
+    """Look at everything that a run needs and that costs nothing to look at.
+
+    Checks that the store can be written, the launch fits this machine, sources, functions and the
+    base model exist and fit the spec, the run directory is not another spec's, and the upload
+    target takes and gives back a small object.
+
+    Returns:
+        The stages, resolved.
+    Raises:
+        DittyError: the first thing that is wrong.
+    """
+    check_store(store)
+    child_environment(spec.launch)
+    line = stages.resolve(spec, store)
+    check_model(spec, line)
+    check_run(spec, store)
+    if spec.upload.url:
+        Remote(spec.upload.url).check()
+    return line
+
+
+def check_store(store: Store) -> None:
+    """Raise StoreError unless a file can be made in the store's home."""
+    probe = make_dir(store.home) / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"cannot write to {store.home}: {error.strerror}. "
+            "Set DITTY_HOME to a directory that you can write to"
+        ) from error
+
+
+def check_model(spec: RunSpec, line: stages.StageLine) -> None:
+    """Raise unless the base model, once it is here, fits the spec."""
+    if line.model_dir is not None:
+        quantize = spec.model.quantization is not Quantization.NONE
+        basemodel.check_folder(line.model_dir, spec.data.seq_len, quantize=quantize)
+
+
+def check_run(spec: RunSpec, store: Store) -> None:
+    """Raise RunMismatch if this run's name was given to another spec, naming the differences."""
+    run = RunDir.named(spec.name, store.home)
+    saved = read_json(run.spec_file)
+    if saved is not None:
+        differences = list(spec_differences(saved, spec.model_dump(mode="json")))
+        if differences:
+            raise RunMismatch(
+                f"run {spec.name} in {run.root} was started with another spec: "
+                f"{'; '.join(differences)}. Choose another name, or remove that directory"
+            )
+
+
+def spec_differences(saved: dict, now: dict) -> list[str]:
+    """Keys that decide the trained weights and differ between two specs (as JSON)."""
+    harmless = {("train", key) for key in stages.HARMLESS_TRAIN_KEYS} | {("data", "num_proc")}
+    found = []
+    for section in ("data", "model", "train"):
+        for key in sorted(now[section].keys() | saved.get(section, {}).keys()):
+            a, b = saved.get(section, {}).get(key), now[section].get(key)
+            if a != b and (section, key) not in harmless:
+                found.append(f"{section}.{key} was {a!r}, now {b!r}")
+    batches = [_global_batch(s) for s in (saved, now)]
+    if batches[0] != batches[1]:
+        found.append(
+            f"the global batch (micro_batch_size x gradient_accumulation_steps x num_processes) "
+            f"was {batches[0]}, now {batches[1]}"
+        )
+    return found
+
+
+def _global_batch(spec: dict) -> int:
+    train = spec["train"]
+    size: int = train["micro_batch_size"] * train["gradient_accumulation_steps"]
+    return size * int(spec["launch"]["num_processes"])

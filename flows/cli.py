@@ -1,0 +1,163 @@
+"""The `ditty` command: the outermost layer. It reads specs, runs the flow, and draws progress."""
+
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ditty.artifacts import Store
+from ditty.errors import DittyError
+from ditty.spec import RunSpec
+from ditty.specfile import load_spec
+
+app = typer.Typer(
+    help="Fine-tune Hugging Face causal language models, stage by stage.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False)
+
+SpecFile = Annotated[Path, typer.Argument(help="The spec, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key: section.key=value. May be given several times."),
+]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a message and exit code 1, never a traceback."""
+    # Progress is ours to draw; the libraries' own bars and banners would tear it.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except DittyError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error[/] {escape(str(error))}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Fine-tune a small real model on this Python's own docstrings, through every stage."""
+    from ditty.demo import demo_spec, use_it
+
+    store = Store()
+    console.print("[bold]ditty demo[/]: SmolLM2-135M-Instruct learns to write docstrings (QLoRA)")
+    with console.status("looking for the base model"):
+        spec = demo_spec(store, overrides or [])
+    result = _run(spec, store)
+    _print_samples(spec, store)
+    base = str(result["model_dir"])
+    console.print("\n[bold]use it[/]")
+    console.print(use_it(str(result["path"]), base), soft_wrap=True)
+    console.print("\n[bold]next[/]")
+    console.print("  ditty demo                            again: every stage is cached")
+    console.print("  ditty demo --set train.max_steps=60 --set name=longer")
+    console.print("  ditty status demo")
+    console.print("  your own data and model: see 'Bring your own' in the README")
+
+
+@app.command()
+def run(spec: SpecFile, overrides: Overrides = None) -> None:
+    """Run a spec: every stage that is not cached, then training from the newest checkpoint."""
+    _run(load_spec(spec, overrides or []), Store())
+
+
+@app.command()
+def plan(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which stages are cached, which will run and why. Starts nothing."""
+    from ditty.plan import make_plan
+
+    made = make_plan(load_spec(spec, overrides or []), Store())
+    if as_json:
+        print(json.dumps(made.to_json(), indent=2))
+        return
+    table = Table("stage", "", "why", "counts", box=None, pad_edge=False)
+    for line in made.stages:
+        color = "green" if line.state == "cached" else "yellow"
+        counts = ", ".join(f"{k} {_number(v)}" for k, v in line.facts.items())
+        table.add_row(escape(line.title), f"[{color}]{line.state}[/]", escape(line.why), counts)
+    console.print(table)
+    steps = "not known before the rows are packed" if made.steps is None else str(made.steps)
+    epochs = "" if made.epochs is None else f" ({made.epochs:.2f} epochs)"
+    console.print(f"steps: {steps}{epochs}, {made.global_batch_size} rows each")
+    console.print(f"training: {made.num_processes} process(es) on {made.device}")
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="A run's name; none lists all.")] = None,
+) -> None:
+    """Say how far runs are."""
+    from ditty.status import list_runs, run_status
+
+    store = Store()
+    table = Table(
+        "run", "state", "step", "loss", "held-out", "checkpoints", box=None, pad_edge=False
+    )
+    runs = [run_status(name, store)] if name else list_runs(store)
+    for line in runs:
+        checkpoints = ", ".join(str(s) for s in line.checkpoints) or "-"
+        step = f"{line.step}/{line.total_steps}" if line.total_steps else str(line.step)
+        row = (step, _loss(line.loss), _loss(line.eval_loss), checkpoints)
+        table.add_row(line.name, line.state, *row)
+    console.print(table if runs else f"no runs in {store.home}; start one with `ditty demo`")
+    for line in runs if name else []:
+        console.print(f"directory  {line.directory}", soft_wrap=True)
+        if line.message:
+            console.print(escape(line.message), soft_wrap=True)
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _run(spec: RunSpec, store: Store) -> dict[str, Any]:
+    """Run the flow with progress on the terminal; returns its result."""
+    with ExitStack() as stack:
+        with console.status("starting Prefect"):
+            from flows.console import StageLines
+            from flows.finetune import finetune
+            from flows.progress import listen, quiet_console
+            from flows.server import local_server
+
+            stack.enter_context(local_server())
+        stack.enter_context(quiet_console())
+        stack.enter_context(listen(stack.enter_context(StageLines(console))))
+        return finetune(spec)
+
+
+def _print_samples(spec: RunSpec, store: Store) -> None:
+    from ditty.rundir import RunDir
+
+    samples = list(RunDir.named(spec.name, store.home).samples())
+    if not samples:
+        return
+    first, last = samples[0], samples[-1]
+    console.print("\n[bold]one held-out function[/]")
+    console.print(escape(first["prompt"].strip()), style="dim")
+    for title, text in (
+        ("before", first["completion"]),
+        ("after", last["completion"]),
+        ("the author's", first["reference"]),
+    ):
+        console.print(f"[bold]{title}[/]: {escape(text.strip())}")

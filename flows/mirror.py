@@ -1,0 +1,142 @@
+"""Checkpoints of a run, copied to its upload target while it trains, and fetched from there.
+
+A copy that fails is said in the log and tried again; it never stops training.
+"""
+
+import contextvars
+import logging
+import threading
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from ditty.errors import ArtifactDamaged, DittyError, RunMismatch
+from ditty.remote import Remote
+from ditty.rundir import STEP_NAME, RunDir, step_name
+
+POLL_SECONDS = 2.0
+RETRY_SECONDS = 30.0
+LEAVING_SECONDS = 8.0  # for the last copy when a signal ends the run: 30 s are all there is
+
+Logger = logging.Logger | logging.LoggerAdapter[Any]
+
+
+def remote_name(run_name: str, step: int) -> str:
+    """Where the checkpoint of `step` stands below the target's url."""
+    return f"{run_name}/checkpoints/{step_name(step)}"
+
+
+def remote_steps(remote: Remote, run_name: str) -> list[int]:
+    """Steps with a committed checkpoint at the target, ascending."""
+    names = [n.rpartition("/")[2] for n in remote.names(f"{run_name}/checkpoints")]
+    return sorted(int(match[1]) for n in names if (match := STEP_NAME.fullmatch(n)))
+
+
+def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logger) -> int | None:
+    """Download the newest checkpoint of the run if it is newer than the local ones.
+
+    Skipped while another process trains in the run directory. A damaged one is passed over.
+
+    Returns:
+        its step, or None where nothing was fetched.
+    Raises:
+        RunMismatch: the target holds checkpoints of this name from another spec.
+        ArtifactDamaged: there are only damaged ones, here none.
+        RemoteError: the target cannot be asked: that is not "there is nothing".
+    """
+    name = run.root.name
+    local = run.committed_steps()
+    newer = [s for s in remote_steps(remote, name) if not local or s > local[-1]]
+    lock = run.training_lock()
+    if not newer or not lock.acquire(0):
+        return None
+    try:
+        problem: ArtifactDamaged | None = None
+        for step in reversed(newer):
+            try:
+                _check_identity(remote, remote_name(name, step), identity)
+                remote.get(remote_name(name, step), run.checkpoint(step))
+            except ArtifactDamaged as error:
+                log.warning("%s; an older checkpoint is used", error)
+                problem = error
+            else:
+                log.info("fetched the checkpoint of step %d from %s", step, remote.url)
+                return step
+    finally:
+        lock.release()
+    if problem and not local:
+        raise problem
+    return None
+
+
+def _check_identity(remote: Remote, name: str, identity: dict[str, Any]) -> None:
+    manifest = remote.manifest(name)
+    found: dict[str, Any] = manifest.facts.get("identity", {}) if manifest else identity
+    if found != identity:
+        different = sorted(k for k in {*identity, *found} if identity.get(k) != found.get(k))
+        raise RunMismatch(
+            f"{remote.url}/{name} is of another spec, different in {', '.join(different)}: choose "
+            "another name for this run or another upload.url, or take the change back"
+        )
+
+
+class Mirror:
+    """Within its block, a thread copies each newest committed checkpoint to the target.
+
+    Args:
+        keep: checkpoints that stay at the target; older ones go after a newer one is committed.
+        log: safe to use from a thread.
+    """
+
+    def __init__(self, run: RunDir, remote: Remote, keep: int, log: Logger):
+        self.run, self.remote, self.keep, self.log = run, remote, keep, log
+        self._stop = threading.Event()
+        # A run logger of Prefect's finds its API through context variables.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(
+            target=context.run, args=(self._work,), name="ditty mirror", daemon=True
+        )
+        self._copied: int | None = None
+
+    def __enter__(self) -> "Mirror":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Wait for the last copy; not long if a signal ends the run."""
+        self._stop.set()
+        leaving = error is not None and not isinstance(error, Exception)
+        self._thread.join(LEAVING_SECONDS if leaving else None)
+
+    def _work(self) -> None:
+        wait, stopping = POLL_SECONDS, False
+        while not stopping:
+            stopping = self._stop.wait(wait)
+            wait = POLL_SECONDS if self._copy_newest() else RETRY_SECONDS
+
+    def _copy_newest(self) -> bool:
+        """False: it has to be tried again."""
+        steps = self.run.committed_steps()
+        if not steps or steps[-1] == self._copied:
+            return True
+        step, name = steps[-1], remote_name(self.run.root.name, steps[-1])
+        try:
+            self.remote.put(self.run.checkpoint(step), name)
+            self._copied = step
+            self.log.info("checkpoint of step %d copied to %s", step, self.remote.url)
+            self._retire()
+        except (DittyError, OSError) as error:
+            if not self.run.checkpoint(step).exists():
+                # A newer one took its place while it was copied: no error, but half a copy.
+                with suppress(DittyError, OSError):
+                    self.remote.delete(name)
+                return self._copy_newest()
+            self.log.warning("checkpoint of step %d was not copied: %s", step, error)
+            return False
+        return True
+
+    def _retire(self) -> None:
+        for step in remote_steps(self.remote, self.run.root.name)[: -self.keep]:
+            self.remote.delete(remote_name(self.run.root.name, step))

@@ -1,0 +1,131 @@
+"""The tasks of the flow: each makes one stage's artifact, or finds it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import State, Task, task
+from prefect.logging import get_run_logger
+
+from ditty import basemodel, launch, stages
+from ditty.artifacts import MANIFEST, Store, read_manifest
+from ditty.files import locked, write_json
+from ditty.remote import Remote
+from ditty.spec import RunSpec
+from ditty.stages import StageLine, StageRef
+from flows.caching import Reference, cached, reference
+from flows.progress import Event, EventState, emit
+from flows.training import Work, passing, raise_for_result, retry_delays, run_attempt
+
+
+@task(name="fetch", task_run_name="{ref.title}")
+def fetch_hub(ref: StageRef, base: basemodel.BaseModelRef, store: Store) -> None:
+    """Download a hub model into the hub's own cache, which is content-addressed itself."""
+    basemodel.fetch(base, store)
+
+
+@task(name="data", task_run_name="{ref.title}")
+def make_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Reference:
+    """A data stage, in this process."""
+    return reference(ref, stages.build_data(ref, line, spec, store))
+
+
+@task(name="model", task_run_name="{ref.title}")
+def make_model(ref: StageRef, work: Work) -> Reference:
+    """`fetch` of a .gguf file, or `prequantize`: tensors, so in a process of its own."""
+    log = get_run_logger()
+    if not work.store.find(ref.stage, ref.key):
+        result = launch.run_stage(
+            ref.stage,
+            work.job(ref),
+            work.run.new_attempt(ref.stage),
+            work.spec.launch,
+            distributed=False,
+            on_line=lambda line: log.info("%s", line),
+            check=lambda: None,
+        )
+        raise_for_result(result)
+    return made(ref, work.store)
+
+
+@task(name="train", task_run_name="train {work.spec.name}")
+def train(ref: StageRef, work: Work) -> Reference:
+    """All steps of training, in processes of their own."""
+    if not work.store.find(ref.stage, ref.key):
+        run_attempt(ref, work)
+    return made(ref, work.store)
+
+
+@task(name="upload", task_run_name="{ref.title}")
+def upload(ref: StageRef, trained: StageRef, spec: RunSpec, store: Store) -> Reference:
+    """Copy the result to the upload target, and keep a receipt.
+
+    Never cached: what is there already is verified there, and not sent again.
+    """
+    assert spec.upload.url is not None, "a spec without upload.url has no stage upload"
+    name = f"{spec.name}/final/{trained.key}"
+    digest = Remote(spec.upload.url).put(store.path(trained.stage, trained.key), name)
+    receipt = {"url": f"{spec.upload.url}/{name}", "digest": digest}
+    with locked(store.lock(ref.stage, ref.key).path):
+        if not store.find(ref.stage, ref.key):
+            facts = {"stage": ref.stage, "inputs": ref.inputs, **receipt}
+            with store.commit(ref.stage, ref.key, facts) as out:
+                write_json(out / "receipt.json", receipt)
+    return made(ref, store)
+
+
+def made(ref: StageRef, store: Store) -> Reference:
+    """The reference of what a worker has committed."""
+    manifest = store.find(ref.stage, ref.key)
+    assert manifest is not None, f"{ref.stage} {ref.key} was to be committed by now"
+    return reference(ref, manifest)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Calls tasks under one policy and tells listeners.
+
+    Tasks are called directly, not submitted: a thread would not see SIGTERM.
+    """
+
+    spec: RunSpec
+    store: Store
+
+    def __call__(self, stage_task: Task[Any, Any], ref: StageRef, *args: Any) -> Any:
+        """Run a task that is not cached."""
+        return self._call(self._retrying(stage_task), ref, args)
+
+    def cached(self, stage_task: Task[Any, Any], ref: StageRef, *args: Any) -> Any:
+        """Run a task unless the artifact of `ref` is there, recorded and verified."""
+        assert ref.key, f"the key of {ref.title} is not known"
+        return self._call(cached(self._retrying(stage_task), self.store), ref, args)
+
+    def _retrying(self, stage_task: Task[Any, Any]) -> Task[Any, Any]:
+        return stage_task.with_options(
+            retries=self.spec.launch.retries,
+            retry_delay_seconds=retry_delays(self.spec) or 0,
+            retry_condition_fn=passing,
+        )
+
+    def _call(self, stage_task: Task[Any, Any], ref: StageRef, args: tuple[Any, ...]) -> Any:
+        emit(Event(ref.title, EventState.STARTED))
+        try:
+            state: State[Any] = stage_task(ref, *args, return_state=True)  # type: ignore[assignment]
+            result = state.result()
+        except BaseException as error:
+            emit(Event(ref.title, EventState.FAILED, message=str(error)))
+            raise
+        ended = EventState.CACHED if state.name == "Cached" else EventState.DONE
+        emit(Event(ref.title, ended, message=summary(ref, self.store)))
+        return result
+
+
+def summary(ref: StageRef, store: Store) -> str:
+    """What an artifact holds, for people."""
+    path = store.path(ref.stage, ref.key)
+    if not (path / MANIFEST).exists():
+        return ""
+    facts = read_manifest(path).facts
+    counts = [
+        f"{facts[k]:,} {k}" for k in ("rows", "tokens", "steps") if isinstance(facts.get(k), int)
+    ]
+    return ", ".join(counts)

@@ -1,0 +1,127 @@
+"""Two processes through the real launcher: one world, the same numbers as one process, resume."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ditty import launch
+from ditty.artifacts import Store
+from ditty.rundir import RunDir, Status
+from ditty.spec import LaunchSpec
+from ditty.specfile import parse_spec
+from ditty.tables import write
+from tests.tiny import make_model_folder, random_rows
+
+KEY = "k" * 64
+
+
+def packed_schema():
+    import pyarrow as pa
+
+    names = ("input_ids", "labels", "lengths")
+    return pa.schema([(name, pa.list_(pa.int32())) for name in names])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    import pyarrow as pa
+
+    root = tmp_path_factory.mktemp("inputs")
+    make_model_folder(root / "model")
+    (root / "data").mkdir()
+    for name, count, seed in (("train", 30, 0), ("eval", 5, 1)):
+        rows = random_rows(count, seed=seed)
+        table = pa.Table.from_pylist(rows, schema=packed_schema())
+        write(root / "data" / f"{name}.arrow", [table], packed_schema())
+    return root
+
+
+def run_training(inputs, home, processes: int, *, dropout=0.0, steps=60, stop_at=None):
+    """One attempt through accelerate; returns (result, run directory, attempt).
+
+    `stop_at`: ask for a stop once this step is in the log; the real one comes a little later.
+    """
+    values = {
+        "name": "run",
+        "data": {"source": "unused"},
+        "model": {"base_model": str(inputs / "model"), "lora_dropout": dropout},
+        "train": {
+            "max_steps": steps,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 8 // processes,
+            "precision": "fp32",
+            "learning_rate": 1e-3,
+            "save_steps": 1000,
+        },
+        "launch": {"num_processes": processes, "device": "cpu", "threads": 1},
+    }
+    spec = parse_spec(values)
+    run = RunDir.named("run", home)
+    attempt = run.new_attempt("train")
+    job = {
+        "home": str(home),
+        "spec": spec.model_dump(mode="json"),
+        "key": KEY,
+        "inputs": {"test": "distributed"},
+        "model_dir": str(inputs / "model"),
+        "data_dir": str(inputs / "data"),
+        "device": "cpu",
+    }
+    lines: list[str] = []
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        if stop_at and f"step {stop_at}/" in line:
+            run.stop_file.touch()
+
+    result = launch.run_stage(
+        "train", job, attempt, spec.launch, distributed=True, on_line=on_line, check=lambda: None
+    )
+    assert result.status is not Status.FAILED, "\n".join(lines)
+    run.stop_file.unlink(missing_ok=True)
+    return result, run, attempt
+
+
+def losses(run: RunDir) -> list[float]:
+    return [r["loss"] for r in run.metrics() if r["kind"] == "train"]
+
+
+def adapter(home):
+    return load_file(Store(home).path("train", KEY) / "adapter_model.safetensors")
+
+
+def test_two_processes_resume_bitwise_with_dropout_on(inputs, tmp_path):
+    result, whole, attempt = run_training(inputs, tmp_path / "whole", 2, dropout=0.2)
+    assert (result.status, result.step) == (Status.OK, 60)
+    beats = [json.loads(p.read_text()) for p in sorted((attempt / "heartbeat").glob("*.json"))]
+    assert len(beats) == 2 and beats[0]["pid"] != beats[1]["pid"], "there were no two processes"
+    state = json.loads((whole.checkpoint(60) / "state.json").read_text())
+    assert state["world_size"] == 2
+
+    home = tmp_path / "cut"
+    result, cut, _ = run_training(inputs, home, 2, dropout=0.2, stop_at=5)
+    assert result.status is Status.PREEMPTED and 5 <= result.step < 60
+    assert cut.committed_steps() == [result.step]
+    result, _, _ = run_training(inputs, home, 2, dropout=0.2)
+    assert (result.status, result.step) == (Status.OK, 60)
+    assert losses(cut) == losses(whole)
+    expected, got = adapter(tmp_path / "whole"), adapter(home)
+    assert expected.keys() == got.keys() and expected
+    assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+def test_two_processes_give_the_losses_of_one(inputs, tmp_path):
+    """And a run may go on with another number of processes: 1 to 2 under the same global batch."""
+    result, one, _ = run_training(inputs, tmp_path / "one", 1, steps=20)
+    assert result.status is Status.OK
+    home = tmp_path / "changed"
+    result, changed, _ = run_training(inputs, home, 1, steps=20, stop_at=1)
+    assert result.status is Status.PREEMPTED and result.step < 20
+    result, _, attempt = run_training(inputs, home, 2, steps=20)
+    assert (result.status, result.step) == (Status.OK, 20)
+    assert len(list((attempt / "heartbeat").glob("*.json"))) == 2
+    assert losses(changed) == pytest.approx(losses(one), rel=1e-5)
+    expected, got = adapter(tmp_path / "one"), adapter(home)
+    assert all(torch.allclose(expected[k], got[k], atol=1e-5) for k in expected)

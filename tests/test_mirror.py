@@ -1,0 +1,178 @@
+"""Checkpoints reach the upload target while training goes on, and come back to another machine."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditty.artifacts import commit_dir, verify
+from ditty.errors import ArtifactDamaged, RemoteError, RunMismatch
+from ditty.remote import Remote
+from ditty.rundir import RunDir
+from flows import mirror
+from flows.mirror import Mirror, fetch_newer, remote_steps
+
+LOG = logging.getLogger("test")
+IDENTITY = {"data": "rows", "model": "base"}
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(mirror, "RETRY_SECONDS", 0.05)
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Remote:
+    remote = Remote(f"file://{tmp_path}/target")
+    remote.check()
+    return remote
+
+
+@pytest.fixture
+def run(home: Path) -> RunDir:
+    return RunDir.named("demo", home)
+
+
+def save(run: RunDir, step: int, identity: dict[str, Any] = IDENTITY) -> None:
+    with commit_dir(run.checkpoint(step), {"step": step, "identity": identity}) as out:
+        (out / "weights").write_text(f"weights of step {step}")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_new_checkpoints_are_copied_and_old_ones_retired(run: RunDir, remote: Remote) -> None:
+    with Mirror(run, remote, 2, LOG):
+        for step in (1, 2, 3):
+            save(run, step)
+            wait_for(lambda s=step: s in remote_steps(remote, "demo"))  # type: ignore[misc]
+    assert remote_steps(remote, "demo") == [2, 3]
+
+
+def test_the_last_checkpoint_is_copied_before_the_block_ends(run: RunDir, remote: Remote) -> None:
+    with Mirror(run, remote, 2, LOG):
+        save(run, 7)
+    assert remote_steps(remote, "demo") == [7]
+
+
+def test_a_failing_target_is_tried_again_and_disturbs_nobody(
+    run: RunDir, remote: Remote, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put, failures = remote.put, []
+
+    def flaky(directory: Path, name: str) -> str:
+        if len(failures) < 3:
+            failures.append(name)
+            raise RemoteError("503 slow down")
+        return put(directory, name)
+
+    monkeypatch.setattr(remote, "put", flaky)
+    with Mirror(run, remote, 2, LOG):
+        save(run, 1)
+        wait_for(lambda: remote_steps(remote, "demo") == [1])
+    assert len(failures) == 3
+    assert caplog.text.count("checkpoint of step 1 was not copied: 503 slow down") == 3
+
+
+def test_a_checkpoint_retired_while_it_is_copied_leaves_no_half(
+    run: RunDir, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = remote.put
+
+    def retired(directory: Path, name: str) -> str:
+        if name.endswith("1"):
+            save(run, 2)
+            shutil.rmtree(directory)
+        return put(directory, name)
+
+    monkeypatch.setattr(remote, "put", retired)
+    save(run, 1)
+    with Mirror(run, remote, 2, LOG):
+        pass
+    assert remote_steps(remote, "demo") == [2]
+
+
+def test_another_machine_gets_the_newest(run: RunDir, remote: Remote, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(run, step)
+        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+    other = RunDir.named("demo", tmp_path / "other")
+    assert fetch_newer(other, remote, IDENTITY, LOG) == 2
+    assert other.committed_steps() == [2]
+    assert verify(other.checkpoint(2)).digest == verify(run.checkpoint(2)).digest
+    assert fetch_newer(other, remote, IDENTITY, LOG) is None
+
+
+def test_a_local_checkpoint_that_is_newer_stays_alone(run: RunDir, remote: Remote) -> None:
+    save(run, 1)
+    remote.put(run.checkpoint(1), mirror.remote_name("demo", 1))
+    save(run, 2)
+    assert fetch_newer(run, remote, IDENTITY, LOG) is None
+    assert run.committed_steps() == [1, 2]
+
+
+def damage(remote: Remote, step: int) -> None:
+    folder = Path(remote.url.removeprefix("file://"))
+    (folder / mirror.remote_name("demo", step) / "weights").write_text(
+        f"weights of step {step + 1}"
+    )
+
+
+def test_a_damaged_one_gives_way_to_the_one_before(
+    run: RunDir, remote: Remote, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        save(run, step)
+        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+    other = RunDir.named("demo", tmp_path / "other")
+    damage(remote, 2)
+    assert fetch_newer(other, remote, IDENTITY, LOG) == 1
+    assert other.committed_steps() == [1]
+    shutil.rmtree(other.root)
+    damage(remote, 1)
+    with pytest.raises(ArtifactDamaged):
+        fetch_newer(other, remote, IDENTITY, LOG)
+    assert other.committed_steps() == []
+
+
+def test_a_checkpoint_of_another_spec_is_refused(
+    run: RunDir, remote: Remote, tmp_path: Path
+) -> None:
+    save(run, 1, {**IDENTITY, "data": "other rows"})
+    remote.put(run.checkpoint(1), mirror.remote_name("demo", 1))
+    other = RunDir.named("demo", tmp_path / "other")
+    with pytest.raises(RunMismatch, match="different in data"):
+        fetch_newer(other, remote, IDENTITY, LOG)
+
+
+def test_a_target_that_does_not_answer_is_not_an_empty_one(
+    run: RunDir, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(prefix: str = "") -> list[str]:
+        raise RemoteError("timed out")
+
+    monkeypatch.setattr(remote, "names", fail)
+    with pytest.raises(RemoteError, match="timed out"):
+        fetch_newer(run, remote, IDENTITY, LOG)
+
+
+def test_nothing_is_written_beside_a_training_process(
+    run: RunDir, remote: Remote, tmp_path: Path
+) -> None:
+    save(run, 1)
+    remote.put(run.checkpoint(1), mirror.remote_name("demo", 1))
+    other = RunDir.named("demo", tmp_path / "other")
+    lock = other.training_lock()
+    assert lock.acquire(0)
+    assert fetch_newer(other, remote, IDENTITY, LOG) is None
+    lock.release()
+    assert fetch_newer(other, remote, IDENTITY, LOG) == 1
