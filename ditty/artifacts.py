@@ -148,7 +148,12 @@ def commit(staging: Path, final: Path, facts: dict[str, Any]) -> Manifest:
         the manifest of what now stands at `final`.
     """
     manifest = describe(staging, facts)
+    # safetensors and peft make files that only their owner can read; the directory that `mkdir`
+    # made under the user's umask says who may.
+    mode = staging.stat().st_mode & 0o666
     for path in staging.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
         fsync_path(path)
     write_json(staging / MANIFEST, manifest.to_json())
     try:

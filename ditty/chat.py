@@ -5,6 +5,7 @@ tokens of an assistant's turn are those that rendering through the turn adds to 
 model would be given at that point.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,16 @@ class Encoded(NamedTuple):
     problem: str | None = None
 
 
+class _Turn(NamedTuple):
+    """One turn of an assistant: what the model is given, and that with its answer."""
+
+    row: int
+    turn: int
+    place: int  # of the row in its batch
+    prompt: str
+    through: str
+
+
 class ChatEncoder:
     """Encodes batches of conversations with one tokenizer's chat template."""
 
@@ -49,6 +60,7 @@ class ChatEncoder:
         self._assistant_only = assistant_only
         self._marked = GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
         self._special = special_tokens(tokenizer)
+        self._checked = False
 
     def encode(self, chats: Sequence[list[Message]], first_row: int) -> list[Encoded]:
         """Encode conversations; `first_row` numbers the first of them in errors.
@@ -62,19 +74,28 @@ class ChatEncoder:
         """
         import numpy as np
 
-        if not chats:
-            return []
+        numbers = [row for row, chat in enumerate(chats, first_row) if chat]
+        spoken = [chat for chat in chats if chat]
+        nothing = Encoded(np.empty(0, np.int32), np.empty(0, bool), "empty")
+        encoded = iter(self._encode(spoken, numbers) if spoken else [])
+        return [next(encoded) if chat else nothing for chat in chats]
+
+    def _encode(self, chats: Sequence[list[Message]], numbers: Sequence[int]) -> list[Encoded]:
+        import numpy as np
+
         if self._assistant_only and self._marked:
-            return self._encode_marked(chats, first_row)
-        texts = self._render(chats, first_row)
+            return self._encode_marked(chats, numbers)
+        texts = self._render(chats, numbers)
         ids = encode_texts(self._tokenizer, texts)
-        if first_row == 0:
-            self._check_texts(chats[:CHECKED_ROWS], ids)
+        if not self._checked:
+            self._check(chats[:CHECKED_ROWS], ids)
         if not self._assistant_only:
             return [Encoded(i, np.ones(len(i), dtype=bool)) for i in ids]
-        return self._encode_by_prefix(chats, texts, ids, first_row)
+        return self._encode_by_prefix(self._turns(chats, texts, numbers), texts, ids)
 
-    def _encode_marked(self, chats: Sequence[list[Message]], first_row: int) -> list[Encoded]:
+    def _encode_marked(
+        self, chats: Sequence[list[Message]], numbers: Sequence[int]
+    ) -> list[Encoded]:
         import numpy as np
 
         try:
@@ -82,12 +103,11 @@ class ChatEncoder:
                 list(chats), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
         except Exception:
-            self._render(chats, first_row)  # names the row
+            self._render(chats, numbers)  # names the row
             raise
         rows = []
-        for number, (ids, mask) in enumerate(
-            zip(out["input_ids"], out["assistant_masks"], strict=True), first_row
-        ):
+        masks = zip(numbers, out["input_ids"], out["assistant_masks"], strict=True)
+        for number, ids, mask in masks:
             row = Encoded(np.asarray(ids, np.int32), np.asarray(mask, bool))
             self._supervise_ends(row, number)
             rows.append(row)
@@ -102,53 +122,85 @@ class ChatEncoder:
         for start, stop in edges.reshape(-1, 2):
             specials = np.flatnonzero(self._special[row.ids[start:stop]])
             after = row.ids[start + specials[-1] + 1 : stop] if len(specials) else None
-            ended = after is not None and not self._tokenizer.decode(after).strip()
+            ended = after is not None and self._blank(after)
             if not ended and stop < len(row.ids) and self._special[row.ids[stop]]:
                 row.supervised[stop] = ended = True
         if not ended:
             raise DataError(_no_end(number))
 
     def _encode_by_prefix(
-        self,
-        chats: Sequence[list[Message]],
-        texts: list[str],
-        ids: "list[np.ndarray]",
-        first_row: int,
+        self, turns: Sequence[_Turn], texts: list[str], ids: "list[np.ndarray]"
     ) -> list[Encoded]:
         import numpy as np
 
-        turns = [
-            (row, turn)
-            for row, chat in enumerate(chats)
+        # A last turn's rendering is the whole text, whose tokens are known.
+        known = {texts[turn.place]: ids[turn.place] for turn in turns}
+        new = {text for t in turns for text in (t.prompt, t.through) if text not in known}
+        known |= dict(zip(new, encode_texts(self._tokenizer, list(new)), strict=True))
+        encoded = [Encoded(row, np.zeros(len(row), dtype=bool)) for row in ids]
+        for turn in turns:
+            span = self._span(ids[turn.place], known[turn.prompt], known[turn.through])
+            if span is None and not texts[turn.place].startswith(turn.through):
+                raise DataError(_no_prefix(turn, texts[turn.place]))
+            if span is None:
+                encoded[turn.place] = encoded[turn.place]._replace(problem="split_token")
+            elif span.start == span.stop:
+                raise DataError(_no_end(turn.row))
+            else:
+                encoded[turn.place].supervised[span] = True
+        return encoded
+
+    def _span(
+        self, whole: "np.ndarray", prompt: "np.ndarray", through: "np.ndarray"
+    ) -> slice | None:
+        """The assistant's tokens in `whole`, up to and with the token that ends its turn.
+
+        An empty slice: no token ends it. None: the tokens of the prompt or of the turn are not
+        those at the same place in the whole conversation.
+        """
+        import numpy as np
+
+        if min(_common(whole, prompt), _common(through, prompt)) < len(prompt):
+            return None
+        stop = _common(whole, through)
+        tail = through[stop:]  # some templates put eos after the last turn only
+        if not self._blank(tail[~self._special[tail]]):
+            return None
+        start = len(prompt)
+        ends = np.flatnonzero(self._special[whole[start:stop]])
+        # What a template puts after the end of the turn, a newline, is not the assistant's.
+        if len(ends) and self._blank(whole[start + ends[-1] + 1 : stop]):
+            return slice(start, start + ends[-1] + 1)
+        return None if len(tail) else slice(start, start)
+
+    def _blank(self, ids: "np.ndarray") -> bool:
+        return len(ids) == 0 or not self._tokenizer.decode(ids).strip()
+
+    def _turns(
+        self, chats: Sequence[list[Message]], texts: list[str], numbers: Sequence[int]
+    ) -> list[_Turn]:
+        """Every turn of an assistant; `texts` are the conversations as a whole."""
+        places = [
+            (index, turn)
+            for index, chat in enumerate(chats)
             for turn, message in enumerate(chat)
             if message["role"] == "assistant"
         ]
-        prompts = self._render([chats[r][:t] for r, t in turns], first_row, prompt=True)
-        throughs = self._render([chats[r][: t + 1] for r, t in turns], first_row)
-        for (row, turn), prompt, through in zip(turns, prompts, throughs, strict=True):
-            if not (through.startswith(prompt) and texts[row].startswith(through)):
-                raise DataError(_no_prefix(first_row + row, turn, prompt, through, texts[row]))
-        # A last turn's rendering is the whole text, whose tokens are known.
-        known = {texts[row]: ids[row] for row, _ in turns}
-        new = list({text for text in (*prompts, *throughs) if text not in known})
-        known |= dict(zip(new, encode_texts(self._tokenizer, new), strict=True))
-        supervised = [np.zeros(len(i), dtype=bool) for i in ids]
-        problems: list[str | None] = [None] * len(ids)
-        for (row, _), prompt, through in zip(turns, prompts, throughs, strict=True):
-            before, after = known[prompt], known[through]
-            if not (_starts_with(ids[row], before) and _starts_with(ids[row], after)):
-                problems[row] = "split_token"
-                continue
-            start = len(before)
-            specials = np.flatnonzero(self._special[ids[row][start : len(after)]])
-            if not len(specials):
-                raise DataError(_no_end(first_row + row))
-            # What the template puts after the end of the turn, a newline, is not the assistant's.
-            supervised[row][start : start + specials[-1] + 1] = True
-        return [Encoded(*row) for row in zip(ids, supervised, problems, strict=True)]
+        rows = [numbers[index] for index, _ in places]
+        prompts = self._render([chats[i][:t] for i, t in places], rows, prompt=True)
+        throughs = self._render([chats[i][: t + 1] for i, t in places], rows)
+        turns = []
+        for row, (index, number), prompt, through in zip(
+            rows, places, prompts, throughs, strict=True
+        ):
+            turn = _Turn(row, number, index, prompt, through)
+            if not (through.startswith(prompt) and texts[index].startswith(prompt)):
+                raise DataError(_no_prefix(turn, texts[index]))
+            turns.append(turn)
+        return turns
 
     def _render(
-        self, chats: Sequence[list[Message]], first_row: int, *, prompt: bool = False
+        self, chats: Sequence[list[Message]], numbers: Sequence[int], *, prompt: bool = False
     ) -> list[str]:
         """The conversations as text; `prompt` adds what makes the assistant speak next."""
         if not chats:
@@ -157,9 +209,9 @@ class ChatEncoder:
         try:
             return render(list(chats), tokenize=False, add_generation_prompt=prompt)
         except Exception:
-            for row, chat in enumerate(chats, first_row):
+            for row, chat in zip(numbers, chats, strict=True):
                 try:
-                    render(chat, tokenize=False, add_generation_prompt=prompt)
+                    render([chat], tokenize=False, add_generation_prompt=prompt)
                 except Exception as error:  # templates are programs: anything can come out of one
                     roles = ", ".join(message["role"] for message in chat)
                     raise DataError(
@@ -167,16 +219,17 @@ class ChatEncoder:
                     ) from error
             raise
 
-    def _check_texts(self, chats: Sequence[list[Message]], ids: "list[np.ndarray]") -> None:
+    def _check(self, chats: Sequence[list[Message]], ids: "list[np.ndarray]") -> None:
         """Our shortcut must make the ids that transformers makes, and everybody's inference."""
-        for row, chat in enumerate(chats):
+        for chat, ours in zip(chats, ids, strict=False):
             expected = self._tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-            if ids[row].tolist() != list(expected):
+            if ours.tolist() != list(expected):
                 raise DataError(
-                    f"row {row}: encoding the rendered chat gives other tokens than the "
-                    f"tokenizer's apply_chat_template ({self._tokenizer.name_or_path}); "
-                    "this tokenizer is not supported"
+                    "encoding a rendered chat gives other tokens than the tokenizer's own "
+                    f"apply_chat_template ({self._tokenizer.name_or_path}): this tokenizer is not "
+                    "supported"
                 )
+        self._checked = True
 
 
 def encode_texts(
@@ -201,10 +254,13 @@ def special_tokens(tokenizer: Any) -> "np.ndarray":
     return table
 
 
-def _starts_with(ids: "np.ndarray", prefix: "np.ndarray") -> bool:
+def _common(a: "np.ndarray", b: "np.ndarray") -> int:
+    """How many leading tokens are equal."""
     import numpy as np
 
-    return np.array_equal(ids[: len(prefix)], prefix)
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
 
 
 def _no_end(row: int) -> str:
@@ -214,15 +270,16 @@ def _no_end(row: int) -> str:
     )
 
 
-def _no_prefix(row: int, turn: int, prompt: str, through: str, full: str) -> str:
-    longer, shorter = (through, prompt) if not through.startswith(prompt) else (full, through)
-    at = next(
-        (i for i, (a, b) in enumerate(zip(longer, shorter, strict=False)) if a != b),
-        min(len(longer), len(shorter)),
+def _no_prefix(turn: _Turn, whole: str) -> str:
+    shorter, longer = (
+        (turn.through, whole)
+        if turn.through.startswith(turn.prompt)
+        else (turn.prompt, turn.through)
     )
+    at = len(os.path.commonprefix([shorter, longer]))
     return (
-        f"row {row}, turn {turn}: the chat template renders the conversation so far differently "
-        f"once it goes on ({shorter[at : at + 30]!r} becomes {longer[at : at + 30]!r}), so the "
-        "assistant's tokens cannot be told: use a template with {% generation %} marks, keep one "
-        "assistant turn a row, or set data.loss_on: all"
+        f"row {turn.row}, turn {turn.turn}: the chat template renders the conversation so far "
+        f"differently once it goes on ({shorter[at : at + 30]!r} becomes {longer[at : at + 30]!r}),"
+        " so the assistant's tokens cannot be told: use a template with {% generation %} marks, "
+        "keep one assistant turn a row, or set data.loss_on: all"
     )

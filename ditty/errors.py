@@ -6,7 +6,7 @@
     ├── ModelError           a base model is unknown, unreadable or does not fit the spec
     ├── StoreError           DITTY_HOME cannot be written, or the disk is full
     │   └── ArtifactDamaged  a committed directory no longer matches its manifest
-    ├── RemoteError          an upload target cannot be reached (retryable)
+    ├── RemoteError          an upload target or the hub cannot be reached (retryable)
     │   └── RemoteDenied     it answered, and refused the credentials (not retryable)
     └── RunError             a run cannot start, or ended early
         ├── RunMismatch      the run directory belongs to another spec
@@ -46,7 +46,7 @@ class ArtifactDamaged(StoreError):
 
 
 class RemoteError(DittyError):
-    """An upload target cannot be reached."""
+    """An upload target or the hub cannot be reached."""
 
     retryable = True
 

@@ -108,7 +108,8 @@ class Pipeline:
 
                 facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
                 with self.store.commit(ref.stage, ref.key, facts) as out:
-                    facts.update(quantize_nf4(source, out, stages.base_dtype(self.spec)))
+                    dtype, trust = stages.base_dtype(self.spec), self.spec.model.trust_remote_code
+                    facts.update(quantize_nf4(source, out, dtype, trust_remote_code=trust))
         return self.store.path(ref.stage, ref.key)
 
     def run(self) -> Outcome:

@@ -203,9 +203,6 @@ def _write_config(
     model.config.save_pretrained(out)
     for path in [*tokenizer_files(source), *_existing(source, COPIED)]:
         shutil.copyfile(path, out / path.name)
-    mode = (out / "config.json").stat().st_mode & 0o777
-    for path in out.glob("*.safetensors"):
-        path.chmod(mode)  # save_file leaves 0600
 
 
 def _existing(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:

@@ -14,7 +14,7 @@ import re
 import shutil
 import uuid
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from ditty.artifacts import MANIFEST, Manifest, commit, read_manifest, staging_dir, verify
@@ -86,19 +86,20 @@ class Remote:
             RemoteError: another content is committed as `name`.
         """
         manifest = read_manifest(directory)
-        _refuse_nested(manifest, str(directory))
-        if not self._is_committed(name, manifest):
-            self._objects.clear_debris(f"{name}/")
+        _refuse_odd_paths(manifest, str(directory))
+        committed = self._is_committed(name, manifest)
         for path, (size, sha256) in sorted(manifest.files.items()):
             if not self._objects.holds(f"{name}/{path}", size, sha256):
                 _verify_file(directory / path, size, sha256, "its manifest")
                 # Asked before each file: a slower writer must not damage a faster one's commit.
                 self._is_committed(name, manifest)
                 self._send(directory / path, f"{name}/{path}", size, sha256)
-        # After a lost reply the repeated create finds our own manifest: only reading it back tells.
-        self._objects.create(f"{name}/{MANIFEST}", (directory / MANIFEST).read_bytes())
+        if not committed:
+            self._objects.create(f"{name}/{MANIFEST}", (directory / MANIFEST).read_bytes())
+        # "There is one already" may be ours, after a lost reply: only reading it back tells.
         if not self._is_committed(name, manifest):
             raise RemoteError(f"{self.url}/{name}/{MANIFEST} is not there after it was written")
+        self._tidy(name)
         return manifest.digest
 
     def names(self, prefix: str = "") -> list[str]:
@@ -128,7 +129,7 @@ class Remote:
         except ValueError as error:
             raise ArtifactDamaged(f"{where} is not JSON: {error}") from error
         manifest = Manifest.from_json(value, where)
-        _refuse_nested(manifest, where)
+        _refuse_odd_paths(manifest, where)
         return manifest
 
     def get(self, name: str, final: Path) -> Manifest:
@@ -150,6 +151,8 @@ class Remote:
                 for path in manifest.files:
                     self._fetch(name, path, manifest, staging / path)
                 stands = commit(staging, final, manifest.facts)
+            except OSError as error:
+                raise StoreError(f"cannot write {final}: {error}") from error
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         if stands.digest != manifest.digest:
@@ -161,11 +164,21 @@ class Remote:
         self._objects.delete(f"{_checked(name)}/{MANIFEST}")
         for key in self._objects.keys(f"{name}/"):
             self._objects.delete(key)
-        self._objects.clear_debris(f"{name}/")
+        self._tidy(name)
+
+    def _tidy(self, name: str) -> None:
+        """What is unfinished below a name that is committed, or gone, will never be finished."""
+        try:
+            self._objects.clear_debris(f"{name}/")
+        except RemoteError as error:  # it costs storage and harms nothing
+            log.warning("left unfinished uploads below %s/%s: %s", self.url, name, error)
 
     def _is_committed(self, name: str, manifest: Manifest) -> bool:
         """Is this very content committed as `name`? Raises where another one is."""
-        there = self.manifest(name)
+        try:
+            there = self.manifest(name)
+        except ArtifactDamaged as error:  # not the caller's directory is damaged
+            raise permanent(RemoteError(f"{error}. Delete {self.url}/{name}")) from error
         if there is not None and there.digest != manifest.digest:
             raise permanent(
                 RemoteError(
@@ -220,11 +233,13 @@ def _checked(name: str) -> str:
     return name
 
 
-def _refuse_nested(manifest: Manifest, where: str) -> None:
-    """A second manifest inside would look like a commit of its own before the first is one."""
+def _refuse_odd_paths(manifest: Manifest, where: str) -> None:
     for path in manifest.files:
+        # A second manifest inside would look like a commit of its own before the first is one.
         if path.rpartition("/")[2] == MANIFEST:
             raise ArtifactDamaged(f"{where} lists {path!r} as a file: rename that file")
+        if "\0" in path or any(str(p) in manifest.files for p in PurePosixPath(path).parents):
+            raise ArtifactDamaged(f"{where} lists {path!r}, which cannot be written as a file")
 
 
 def _verify_file(path: Path, size: int, sha256: str, by: str) -> None:

@@ -86,12 +86,11 @@ class Trouble(Enum):
     LOCAL = auto()  # this machine's disk
 
 
+# Codes whose HTTP status (400, 404, 409, 412) does not tell enough; the other codes follow theirs.
 _BY_CODE = {
-    Trouble.TRANSIENT: "SlowDown InternalError ServiceUnavailable RequestTimeout OperationAborted "
-    "Throttling ThrottlingException RequestLimitExceeded RequestThrottled TooManyRequests "
-    "ConditionalRequestConflict BadDigest IncompleteBody XAmzContentSHA256Mismatch",
-    Trouble.DENIED: "ExpiredToken ExpiredTokenException InvalidToken TokenRefreshRequired "
-    "InvalidAccessKeyId SignatureDoesNotMatch RequestTimeTooSkewed AccessDenied",
+    Trouble.TRANSIENT: "RequestTimeout OperationAborted ConditionalRequestConflict BadDigest "
+    "IncompleteBody XAmzContentSHA256Mismatch Throttling ThrottlingException RequestThrottled",
+    Trouble.DENIED: "ExpiredToken ExpiredTokenException InvalidToken TokenRefreshRequired",
     Trouble.ABSENT: "NoSuchKey 404",
     Trouble.TAKEN: "PreconditionFailed",
     Trouble.NO_BUCKET: "NoSuchBucket",
@@ -244,18 +243,12 @@ class Bucket:
     def clear_debris(self, prefix: str) -> None:
         """Abort the multipart uploads that killed writers left below `prefix`, and only there.
 
-        They cost money and show in no listing. Credentials that may not see them, or a server
-        that does not know the request, change nothing about what is committed: the log says so.
+        They cost money and show in no listing.
         """
-        try:
-            markers = ("KeyMarker", "UploadIdMarker")
-            for page in self._pages("list_multipart_uploads", markers, prefix):
-                for upload in page.get("Uploads", []):
-                    self._abort(upload["Key"], upload["UploadId"])
-        except RemoteError as error:
-            if error.retryable:
-                raise
-            log.warning("left unfinished uploads below %s as they are: %s", prefix, error)
+        markers = ("KeyMarker", "UploadIdMarker")
+        for page in self._pages("list_multipart_uploads", markers, prefix):
+            for upload in page.get("Uploads", []):
+                self._abort(upload["Key"], upload["UploadId"])
 
     def _abort(self, key: str, upload_id: str) -> None:
         where = {"Bucket": self.bucket, "Key": key, "UploadId": upload_id}
@@ -313,7 +306,8 @@ class Bucket:
                 if answers and trouble in answers:
                     return answers[trouble]
                 wait = next(waits, None) if trouble in _WORTH_A_TRY else None
-                said = scrub(f"{type(error).__name__}: {error}")
+                cause = error.__cause__ or error  # s3fs's own text leaves the error code out
+                said = scrub(f"{type(cause).__name__}: {cause}")
                 if wait is None:
                     # The original may hold the endpoint's password: it stays out of tracebacks.
                     raise self._explain(trouble, doing, said) from None

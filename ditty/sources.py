@@ -95,7 +95,8 @@ def _kind(source: str) -> str:
     if ":" in source:
         return "function"
     if path.suffix in SUFFIXES or not HUB_ID.fullmatch(source):
-        raise DataError(f"there is no file or folder {path}{_nearest_file(path)}")
+        missing = "" if path.parent.is_dir() else f"; {path.parent} does not exist either"
+        raise DataError(f"there is no file or folder {path}{missing}{_nearest_file(path)}")
     return "hub"
 
 
@@ -104,9 +105,7 @@ def _path(source: str) -> Path:
 
 
 def _nearest_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"; {path.parent} does not exist either"
-    names = [p.name for p in path.parent.iterdir()]
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 

@@ -227,10 +227,8 @@ def _encode_pairs(tokenizer: Any, rows: Sequence[Row], completion_only: bool) ->
 
 def _appends_eos(tokenizer: Any) -> bool:
     """Whether the tokenizer's own special tokens end a text with eos; bos may be the same id."""
-    plain = encode_texts(tokenizer, ["a"])[0]
-    special = encode_texts(tokenizer, ["a"], special_tokens=True)[0]
-    ends_plainly = special[-len(plain) :].tolist() == plain.tolist()
-    return not ends_plainly and int(special[-1]) == tokenizer.eos_token_id
+    probe = encode_texts(tokenizer, ["a"], special_tokens=True)[0]
+    return int(probe[-1]) == tokenizer.eos_token_id
 
 
 def _with_eos(ids: "np.ndarray", eos: int) -> "np.ndarray":

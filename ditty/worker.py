@@ -71,8 +71,15 @@ def prequantize(job: Job, attempt: Path) -> Result:
     """The `prequantize` stage."""
     from ditty.quantize import quantize_nf4
 
-    dtype = job.inputs["dtype"]
-    return _build(job, "prequantize", lambda out: quantize_nf4(job.model_dir, out, dtype))
+    def make(out: Path) -> dict[str, Any]:
+        return quantize_nf4(
+            job.model_dir,
+            out,
+            job.inputs["dtype"],
+            trust_remote_code=job.spec.model.trust_remote_code,
+        )
+
+    return _build(job, "prequantize", make)
 
 
 def _build(job: Job, stage: str, make: Callable[[Path], dict[str, Any]]) -> Result:

@@ -28,9 +28,12 @@ from pydantic import PrivateAttr
 
 from ditty.artifacts import Manifest, Store
 from ditty.files import FileLock, make_dir, read_json, write_atomic
+from ditty.remote import Remote
 from ditty.stages import StageRef
 
 log = logging.getLogger(__name__)
+
+UPLOAD = "upload"  # the one stage whose artifact, a receipt, stands for something elsewhere
 
 
 class Reference(TypedDict):
@@ -77,6 +80,18 @@ def stage_cache_policy(store: Store) -> CachePolicy:
 def _results(store: Store) -> Path:
     # Prefect records resolved paths.
     return make_dir(store.home / "prefect" / "results").resolve()
+
+
+def receipt_holds(receipt: dict[str, Any]) -> bool:
+    """Whether what a receipt of `upload` names is still committed at the target.
+
+    Args:
+        receipt: {"target": url, "name": below it, "digest": of its files}
+    Raises:
+        RemoteError: the target cannot be asked.
+    """
+    manifest = Remote(receipt["target"]).manifest(receipt["name"])
+    return manifest is not None and manifest.digest == receipt["digest"]
 
 
 @dataclass
@@ -237,6 +252,8 @@ class StageRecords(WritableFileSystem):
         expected = {"stage": stage, "key": content_key, "digest": manifest.digest}
         if read_json(payload) != expected:
             raise FileNotFoundError(f"the result of {key} is not {expected}")
+        if stage == UPLOAD and not receipt_holds(manifest.facts):
+            raise FileNotFoundError(f"{manifest.facts['name']} is no longer at the target")
         return content
 
     async def aread_path(self, path: str) -> bytes:

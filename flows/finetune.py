@@ -71,7 +71,7 @@ def _stages(spec: RunSpec) -> dict[str, Any]:
     work = Work(spec, store, model_dir, store.path(pack.stage, pack.key))
     done.append(call.cached(tasks.train, train, work))
     if ref := line.only("upload"):
-        done.append(call(tasks.upload, ref, train, spec, store))
+        done.append(call.cached(tasks.upload, ref, train, spec, store))
     return {
         "run": spec.name,
         "stages": done,

@@ -8,7 +8,7 @@ from prefect.logging import get_run_logger
 
 from ditty import basemodel, launch, stages
 from ditty.artifacts import MANIFEST, Store, read_manifest
-from ditty.files import locked, write_json
+from ditty.files import write_json
 from ditty.remote import Remote
 from ditty.spec import RunSpec
 from ditty.stages import StageLine, StageRef
@@ -59,17 +59,16 @@ def train(ref: StageRef, work: Work) -> Reference:
 def upload(ref: StageRef, trained: StageRef, spec: RunSpec, store: Store) -> Reference:
     """Copy the result to the upload target, and keep a receipt.
 
-    Never cached: what is there already is verified there, and not sent again.
+    It counts as done for as long as the target has it: the hit asks there (caching.receipt_holds).
     """
     assert spec.upload.url is not None, "a spec without upload.url has no stage upload"
     name = f"{spec.name}/final/{trained.key}"
     digest = Remote(spec.upload.url).put(store.path(trained.stage, trained.key), name)
-    receipt = {"url": f"{spec.upload.url}/{name}", "digest": digest}
-    with locked(store.lock(ref.stage, ref.key).path):
-        if not store.find(ref.stage, ref.key):
-            facts = {"stage": ref.stage, "inputs": ref.inputs, **receipt}
-            with store.commit(ref.stage, ref.key, facts) as out:
-                write_json(out / "receipt.json", receipt)
+    receipt = {"target": spec.upload.url, "name": name, "digest": digest}
+    if not store.find(ref.stage, ref.key):
+        facts = {"stage": ref.stage, "inputs": ref.inputs, **receipt}
+        with store.commit(ref.stage, ref.key, facts) as out:
+            write_json(out / "receipt.json", receipt)
     return made(ref, store)
 
 

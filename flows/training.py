@@ -161,23 +161,20 @@ class Reporter:
         if self.cancelled.is_set():
             raise CancelRequested("the flow run was cancelled while nothing else could stop it")
         self.stall.check()
-        records = self.metrics.read()
-        for record in records:
-            self._take(record)
-        if records:
+        steps = [r for r in self.metrics.read() if r["kind"] == "train"]
+        if steps:
+            self._take(steps)
             emit(Event(self.title, EventState.PROGRESS, self.step, self.total, self.message))
         if self.total and time.monotonic() >= self._logged + REPORT_SECONDS:
             self.log.info("step %d/%d: %s", self.step, self.total, self.message)
             self._logged = time.monotonic()
 
-    def _take(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "eval":
-            self.log.info("step %d: held-out loss %.4f", record["step"], record["loss"])
-            return
-        self.step, self.total = record["step"], record["total_steps"]
-        speed = record["tokens_per_second"]
-        self.message = f"loss {record['loss']:.4f}, {speed:,.0f} tokens/s"
-        self.stall.slowest_step = max(self.stall.slowest_step, record["seconds"])
+    def _take(self, steps: list[dict[str, Any]]) -> None:
+        last = steps[-1]
+        self.step, self.total = last["step"], last["total_steps"]
+        self.message = f"loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s"
+        slowest = max(step["seconds"] for step in steps)
+        self.stall.slowest_step = max(self.stall.slowest_step, slowest)
 
     @contextmanager
     def in_background(self) -> Iterator[None]:

@@ -97,9 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.act == "answer":
             self.reply(fault.status, {}, ERROR.format(fault.code).encode())
         else:
-            answer = self.ask(flipped(body) if fault.act == "flip_up" else body)
+            status, headers, data = self.ask(flipped(body) if fault.act == "flip_up" else body)
             if fault.act != "drop_reply":
-                self.reply(*answer, flip=fault.act == "flip_down")
+                self.reply(status, headers, flipped(data) if fault.act == "flip_down" else data)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve  # noqa: N815
 
@@ -110,8 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = server.getresponse()
             return answer.status, dict(answer.getheaders()), answer.read()
 
-    def reply(self, status: int, headers: dict[str, str], data: bytes, flip: bool = False) -> None:
-        data = flipped(data) if flip else data
+    def reply(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.send_response_only(status)
         headers.setdefault("Content-Length", str(len(data)))
         for name, value in headers.items():

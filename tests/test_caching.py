@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from prefect.serializers import PickleSerializer
 
 from ditty.artifacts import Store
 from flows.caching import StageLocks, cache_key, stage_cache_policy
@@ -136,8 +137,9 @@ def test_deleted_artifact_is_rebuilt(line: Line) -> None:
         lambda line: line.record.unlink(),
         lambda line: line.record.write_text("{"),
         lambda line: line.record.write_text(line.record.read_text().replace("results", "other")),
+        lambda line: name_pickle(line),
     ],
-    ids=["no result", "torn result", "no record", "torn record", "foreign result"],
+    ids=["no result", "torn result", "no record", "torn record", "foreign result", "pickle"],
 )
 def test_damaged_record_is_a_miss_and_no_failure(line: Line, damage: object) -> None:
     line.run()
@@ -147,7 +149,13 @@ def test_damaged_record_is_a_miss_and_no_failure(line: Line, damage: object) -> 
     assert line.count == 2
 
 
-def test_a_record_cannot_name_pickle(line: Line, tmp_path: Path) -> None:
+def name_pickle(line: Line) -> None:
+    record = json.loads(line.record.read_bytes())
+    record["serializer"] = PickleSerializer().model_dump(mode="json")
+    line.record.write_text(json.dumps(record))
+
+
+def test_a_record_cannot_have_a_pickle_loaded(line: Line, tmp_path: Path) -> None:
     line.run()
     loot = tmp_path / "loot"
 
@@ -155,11 +163,7 @@ def test_a_record_cannot_name_pickle(line: Line, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[object, ...]]:
             return (Path.touch, (loot,))
 
-    from prefect.serializers import PickleSerializer
-
-    record = json.loads(line.record.read_bytes())
-    record["serializer"] = PickleSerializer().model_dump(mode="json")
-    line.record.write_text(json.dumps(record))
+    name_pickle(line)
     line.payload.write_bytes(PickleSerializer().dumps(Exploit()))
     assert line.run() == "Completed"
     assert not loot.exists()

@@ -40,6 +40,7 @@ def run(home: Path) -> RunDir:
 
 def save(run: RunDir, step: int, identity: dict[str, Any] = IDENTITY) -> None:
     with commit_dir(run.checkpoint(step), {"step": step, "identity": identity}) as out:
+        (out / "state").write_text(f"state of step {step}")
         (out / "weights").write_text(f"weights of step {step}")
 
 
@@ -89,16 +90,21 @@ def test_a_checkpoint_retired_while_it_is_copied_leaves_no_half(
     put = remote.put
 
     def retired(directory: Path, name: str) -> str:
-        if name.endswith("1"):
-            save(run, 2)
+        if not name.endswith("1"):
+            return put(directory, name)
+        save(run, 2)
+        (directory / "weights").unlink()
+        try:
+            return put(directory, name)
+        finally:
             shutil.rmtree(directory)
-        return put(directory, name)
 
     monkeypatch.setattr(remote, "put", retired)
     save(run, 1)
     with Mirror(run, remote, 2, LOG):
         pass
     assert remote_steps(remote, "demo") == [2]
+    assert remote._objects.keys("demo/checkpoints/step_000000001/") == []
 
 
 def test_another_machine_gets_the_newest(run: RunDir, remote: Remote, tmp_path: Path) -> None:

@@ -227,6 +227,20 @@ def test_large_tensor_in_chunks_equals_one_call(shape: tuple[int, int]) -> None:
         assert torch.equal(part, expected[key]), key
 
 
+def test_mean_of_scales_does_not_depend_on_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.rand(100_000, generator=generator) for _ in range(20)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = [draw.mean() for draw in draws]
+        torch.set_num_threads(2)
+        assert any(draw.mean() != mean for draw, mean in zip(draws, expected, strict=True))
+        assert [quantize._mean_in_one_thread(draw) for draw in draws] == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_loading_quantizes_nothing(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

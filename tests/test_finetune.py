@@ -1,0 +1,134 @@
+"""The flow from rows to an uploaded adapter: terminated, resumed, and then cached throughout."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ditty.artifacts import Store, verify
+from ditty.rundir import RunDir, Status, read_result
+from ditty.spec import RunSpec
+from flows.finetune import finetune
+from flows.progress import Event, EventState, listen
+from tests.tiny import make_model_folder
+
+ROOT = Path(__file__).parent.parent
+STEPS = 40
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> RunSpec:
+    rows = [
+        {"messages": [{"role": r, "content": f"{r} says {i}"} for r in ("user", "assistant")]}
+        for i in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values: dict[str, Any] = {
+        "name": "demo",
+        "data": {"source": str(tmp_path / "rows.jsonl"), "seq_len": 64},
+        "model": {"base_model": str(make_model_folder(tmp_path / "model")), "attention": "sdpa"},
+        "train": {
+            "max_steps": STEPS,
+            "precision": "fp32",
+            "save_steps": 1000,
+            "gradient_accumulation_steps": 1,
+        },
+        "launch": {"device": "cpu", "threads": 1, "retry_delay_seconds": 0},
+        "upload": {"url": f"file://{tmp_path}/target"},
+    }
+    return RunSpec.model_validate(values)
+
+
+def start(spec: RunSpec, api: str) -> "subprocess.Popen[bytes]":
+    code = "import sys; from ditty.spec import RunSpec; from flows.finetune import finetune; "
+    code += "finetune(RunSpec.model_validate_json(sys.argv[1]))"
+    environment = {**os.environ, "PREFECT_API_URL": api, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, spec.model_dump_json()]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+
+def states(spec: RunSpec) -> dict[str, EventState]:
+    """Run the flow here; the last state of each stage."""
+    events: list[Event] = []
+    with listen(events.append):
+        finetune(spec)
+    return {event.stage: event.state for event in events}
+
+
+def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) -> None:
+    run = RunDir.named("demo", home)
+    child = start(spec, prefect_api)
+    while not any(r["step"] >= 2 for r in run.metrics()):
+        assert child.poll() is None, "it ended before it trained"
+        time.sleep(0.05)
+    below = psutil.Process(child.pid).children(recursive=True)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait() == -signal.SIGTERM
+    assert not psutil.wait_procs(below, timeout=10)[1], "processes outlive the flow"
+    (stopped,) = run.attempts("train")
+    result = read_result(stopped)
+    assert result and result.status is Status.PREEMPTED
+    (saved,) = run.committed_steps()
+    assert 2 <= saved < STEPS
+
+    upload = f"upload to {spec.upload.url}"
+    assert states(spec) == {
+        "load rows.jsonl": EventState.CACHED,
+        "tokenize": EventState.CACHED,
+        "pack": EventState.CACHED,
+        "train": EventState.DONE,
+        upload: EventState.DONE,
+    }
+    log = (run.attempts("train")[1] / "log.txt").read_text()
+    assert f"training from step {saved} to {STEPS}" in log
+    assert json.loads(run.spec_file.read_text()) == spec.model_dump(mode="json")
+
+    again = states(RunSpec.model_validate(spec.model_dump()))
+    assert set(again.values()) == {EventState.CACHED}
+    trained = next((home / "store" / "train").glob("[0-9a-f]*"))
+    target = Path(spec.upload.url.removeprefix("file://")) / "demo" / "final" / trained.name
+    assert verify(target).digest == verify(trained).digest
+
+    shutil.rmtree(target)
+    third = states(spec)
+    assert third[upload] is EventState.DONE, "the receipt of an upload that is gone was believed"
+    assert verify(target).digest == verify(trained).digest
+
+
+def test_a_stop_meant_for_an_earlier_run_is_forgotten(
+    spec: RunSpec, home: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ditty.errors import RunError
+    from flows import tasks
+
+    run = RunDir.named("demo", home)
+    run.root.mkdir(parents=True)
+    run.stop_file.touch()
+
+    def attempt(ref: Any, work: Any) -> None:
+        assert not run.stop_file.exists()
+        raise RunError("far enough")
+
+    monkeypatch.setattr(tasks, "run_attempt", attempt)
+    with pytest.raises(RunError, match="far enough"):
+        finetune(spec.model_dump())  # as a deployment calls it
+    assert not Store(home).path("train", "").exists()
+
+
+def test_the_form_knows_every_section() -> None:
+    form = finetune.parameters
+    sections = form.definitions["RunSpec"]["properties"]
+    assert set(sections) == set(RunSpec.model_fields)
+
+
+def test_importing_the_flow_imports_no_torch() -> None:
+    code = "import flows.finetune, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

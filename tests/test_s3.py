@@ -1,0 +1,236 @@
+"""ditty.s3 under ditty.remote: order, resume and faults, with moto behind a fault proxy.
+
+moto accepts every credential and stores what was damaged on the way: test_remote_s3.py asks a
+real server about both.
+"""
+
+# ruff: noqa: F811  (imported fixtures)
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ditty import s3
+from ditty.artifacts import MANIFEST, read_manifest
+from ditty.errors import RemoteDenied, RemoteError
+from ditty.remote import Remote
+from ditty.s3 import Patience
+from tests.faultproxy import Fault, FaultProxy
+from tests.remotes import (  # noqa: F401
+    FILES,
+    NAME,
+    QUICK,
+    bucket,
+    committed,
+    contents,
+    moto_url,
+    proxy,
+    s3_env,
+)
+
+
+def test_manifest_goes_last_and_a_second_put_sends_nothing(
+    proxy: FaultProxy, bucket, tmp_path: Path
+) -> None:
+    source = committed(tmp_path / "source")
+    remote = Remote(f"s3://{bucket.name}", QUICK)
+    remote.put(source, NAME)
+    puts = proxy.matching("^(PUT|POST) ")
+    assert len(puts) == len(FILES) + 1 and MANIFEST in puts[-1]
+    proxy.seen.clear()
+    for each in (remote, Remote(f"s3://{bucket.name}", QUICK)):
+        each.put(source, NAME)
+    assert proxy.matching("^(PUT|POST) ") == []
+
+
+PUT_PROGRAM = """
+import sys
+from pathlib import Path
+from ditty.remote import Remote
+Remote(sys.argv[1]).put(Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def test_upload_killed_between_two_objects_commits_nothing(
+    proxy: FaultProxy, bucket, tmp_path: Path
+) -> None:
+    source = committed(tmp_path / "source")
+    remote = Remote(f"s3://{bucket.name}", QUICK)
+    for held in ["state", MANIFEST]:  # the kill comes before this one is written
+        proxy.seen.clear()
+        proxy.faults = [Fault(f"^PUT .*{held}", "silence")]
+        child = subprocess.Popen(
+            [sys.executable, "-c", PUT_PROGRAM, f"s3://{bucket.name}", str(source), NAME]
+        )
+        assert proxy.matching(f"^PUT .*{held}", wait_s=60)
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        assert remote.names() == [] and remote.manifest(NAME) is None
+    assert len(list(bucket.objects.all())) == len(FILES)
+    proxy.seen.clear()
+    remote.put(source, NAME)
+    assert len(proxy.matching("^PUT ")) == 1  # only the manifest was missing
+    remote.get(NAME, tmp_path / "final")
+    assert contents(tmp_path / "final") == contents(source)
+
+
+def test_unfinished_uploads_of_this_name_only_are_aborted(bucket, tmp_path: Path) -> None:
+    client = bucket.meta.client
+    source = committed(tmp_path / "source", {"a": b"1"})
+    for key in (f"{NAME}/weights.safetensors", f"{NAME}1/weights.safetensors"):
+        client.create_multipart_upload(Bucket=bucket.name, Key=key)
+    Remote(f"s3://{bucket.name}", QUICK).put(source, NAME)
+    left = client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
+    assert [upload["Key"] for upload in left] == [f"{NAME}1/weights.safetensors"]
+
+
+def test_large_file_goes_in_parts_and_comes_back(
+    proxy: FaultProxy, bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    source = committed(tmp_path / "source", {"big": os.urandom(11 << 20)})
+    proxy.faults = [
+        Fault(r"^PUT .*partNumber=2", "answer", 1, 500, "InternalError"),
+        Fault(r"^GET .*/big", "flip_down"),
+    ]
+    remote = Remote(f"s3://{bucket.name}", QUICK)
+    remote.put(source, NAME)
+    assert len(proxy.matching("partNumber=")) == 4
+    remote.get(NAME, tmp_path / "final")
+    assert contents(tmp_path / "final") == contents(source)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [
+            Fault("^PUT .*weights", "answer", 5, 503, "SlowDown"),
+            Fault("^PUT .*manifest", "answer", 1, 409, "ConditionalRequestConflict"),
+        ],
+        [
+            Fault("^HEAD ", "answer", 1, 500, "InternalError"),
+            Fault("^GET .*list-type", "answer", 3, 429, "TooManyRequests"),
+        ],
+        [Fault("^PUT .*weights", "drop_reply"), Fault("^PUT .*manifest", "drop_reply")],
+        [Fault("^PUT .*weights", "silence"), Fault("^GET .*weights", "cut")],
+        [Fault("^PUT .*weights", "flip_up"), Fault("^GET .*other", "flip_down")],
+    ],
+    ids=lambda faults: "+".join(f"{f.act}{f.status if f.act == 'answer' else ''}" for f in faults),
+)
+def test_transient_faults_are_survived(
+    proxy: FaultProxy, bucket, tmp_path: Path, faults: list[Fault]
+) -> None:
+    source = committed(tmp_path / "source", {"weights": b"w" * 200_000, "other": b"o"})
+    remote = Remote(f"s3://{bucket.name}", QUICK)
+    proxy.faults = [replace(fault) for fault in faults]
+    remote.put(source, NAME)
+    assert remote.names() == [NAME]
+    remote.get(NAME, tmp_path / "final")
+    assert contents(tmp_path / "final") == contents(source)
+    assert [fault.times for fault in proxy.faults] == [0] * len(faults)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (403, "AccessDenied", RemoteDenied),
+        (400, "ExpiredToken", RemoteDenied),
+        (500, "InternalError", RemoteError),
+        (404, "NoSuchBucket", RemoteError),
+        (301, "PermanentRedirect", RemoteError),
+    ],
+)
+def test_a_refusal_is_never_taken_for_nothing_there(
+    proxy: FaultProxy, bucket, status: int, code: str, error: type[RemoteError]
+) -> None:
+    remote = Remote(f"s3://{bucket.name}", Patience(2, 0.01, 0.01, 5, 2))
+    proxy.faults = [Fault("", "answer", 10_000, status, code)]
+    for call in (lambda: remote.names("run"), lambda: remote.manifest(NAME)):
+        with pytest.raises(RemoteError) as caught:
+            call()
+        assert type(caught.value) is error
+        assert caught.value.retryable == (status == 500)
+        assert bucket.name in str(caught.value) and "canary" not in str(caught.value).lower()
+
+
+def test_denied_says_so_whatever_was_asked(proxy: FaultProxy, bucket, tmp_path: Path) -> None:
+    source = committed(tmp_path / "source", {"a": b"1"})
+    remote = Remote(f"s3://{bucket.name}", QUICK)
+    proxy.faults = [Fault("", "answer", 10_000, 403, "SignatureDoesNotMatch")]
+    for call in (
+        remote.check,
+        lambda: remote.put(source, NAME),
+        lambda: remote.get(NAME, tmp_path / "final"),
+        lambda: remote.delete(NAME),
+    ):
+        with pytest.raises(RemoteDenied, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+            call()
+    assert list(bucket.objects.all()) == [] and not (tmp_path / "final").exists()
+
+
+def test_refused_in_the_middle_of_an_upload(proxy: FaultProxy, bucket, tmp_path: Path) -> None:
+    remote = Remote(f"s3://{bucket.name}", QUICK)
+    proxy.faults = [Fault("^PUT .*weights", "answer", 10_000, 400, "ExpiredToken")]
+    with pytest.raises(RemoteDenied, match="write .*weights.*ExpiredToken"):
+        remote.put(committed(tmp_path / "source"), NAME)
+    proxy.faults = [Fault("^HEAD ", "answer", 10_000, 403)]  # a HEAD has no body to say why
+    with pytest.raises(RemoteDenied, match="look at .*empty.*403"):
+        remote.put(committed(tmp_path / "source2"), NAME)
+    assert remote.names() == []
+
+
+def test_a_listing_is_read_to_its_last_page(
+    bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")
+    names = [f"run/final/{index}" for index in range(5)]
+    for name in names:
+        bucket.put_object(Key=f"{name}/{MANIFEST}", Body=b"{}")
+    assert Remote(f"s3://{bucket.name}", QUICK).names() == names
+
+
+def test_check_names_a_bucket_that_is_not_there(s3_env: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        RemoteError, match="no bucket not-there.*aws s3 mb s3://not-there"
+    ) as caught:
+        Remote("s3://not-there/x", QUICK).check()
+    assert not caught.value.retryable
+
+
+def test_check_without_credentials(bucket, s3_env: pytest.MonkeyPatch) -> None:
+    s3_env.delenv("AWS_ACCESS_KEY_ID")
+    s3_env.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(RemoteDenied, match="AWS_SECRET_ACCESS_KEY"):
+        Remote(f"s3://{bucket.name}", QUICK).check()
+
+
+def test_check_finds_a_server_that_overwrites_what_it_should_not(proxy: FaultProxy, bucket) -> None:
+    proxy.faults = [Fault("^PUT ", "unconditional", 2)]
+    with pytest.raises(RemoteError, match="If-None-Match"):
+        Remote(f"s3://{bucket.name}", QUICK).check()
+    assert list(bucket.objects.all()) == []
+
+
+def test_unreachable_endpoint_is_given_up_and_tells_no_secret(
+    s3_env: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    s3_env.setenv("AWS_ENDPOINT_URL_S3", "http://user:canary-password@127.0.0.1:9")
+    with pytest.raises(RemoteError, match="AWS_ENDPOINT_URL_S3") as caught:
+        Remote("s3://bucket-x", Patience(2, 0.01, 0.01, 3, 1)).check()
+    assert caught.value.retryable
+    text = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert "127.0.0.1:9" in text and "again in" in text
+    assert "canary" not in text.lower()
+
+
+def test_writers_of_one_content_agree(bucket, tmp_path: Path) -> None:
+    source = committed(tmp_path / "source", {"a": b"1", "b": b"2"})
+    with ThreadPoolExecutor(3) as pool:
+        puts = [pool.submit(Remote(f"s3://{bucket.name}", QUICK).put, source, NAME) for _ in "abc"]
+    assert {put.result() for put in puts} == {read_manifest(source).digest}

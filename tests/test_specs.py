@@ -1,0 +1,117 @@
+"""The spec: what it refuses and how it says so, and every spec that ships."""
+
+from pathlib import Path
+
+import pytest
+
+from ditty.errors import SpecError
+from ditty.functions import resolve
+from ditty.spec import RunSpec
+from ditty.specfile import load_spec, parse_spec
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = [*sorted((ROOT / "deployments/specs").glob("*.yaml")), ROOT / "ditty/demo.yaml"]
+
+MINIMAL = {"name": "x", "data": {"source": "rows.jsonl"}, "model": {"base_model": "org/name"}}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_specs_are_valid_and_name_functions_that_exist(path):
+    spec = load_spec(path)
+    assert spec.name == path.stem
+    for operation in spec.data.operations:
+        assert callable(resolve(operation.function))
+    assert RunSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    return path
+
+
+GOOD = "name: x\ndata: {source: rows.jsonl}\nmodel: {base_model: org/name}\n"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.learnin_rate=1", "unknown key train.learnin_rate: did you mean learning_rate?"),
+        ("trian.max_steps=1", "unknown key trian: did you mean train?"),
+        ("train.schedule=cosin", "expected 'cosine', 'linear' or 'constant' (did you mean cosine?)"),
+        ("train.max_steps=0", "train.max_steps: Input should be greater than or equal to 1, got 0"),
+        ("train.seed=abc", "train.seed"),
+        ("name=Bad/Name", "'Bad/Name' is no run name"),
+        ("name=../x", "is no run name"),
+        ("upload.url=ftp://x", "expected s3://bucket/prefix or file:///folder"),
+        ("upload.url=s3://key:secret@bucket", "is no target"),
+        ("model.adapter=none", None),
+        ("data.loss_on=completion", "does not go with format: messages; expected assistant or all"),
+        ("data.columns={promt: x}", "columns maps ['promt']"),
+        ("model.trust_remote_code=true", "pin model.revision to the commit"),
+        ("train", "expected section.key=value"),
+        ("name.x=1", "name is not a section"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_nearest_valid_one(tmp_path, override, message):
+    path = write(tmp_path, GOOD)
+    if message is None:
+        load_spec(path, [override])
+        return
+    with pytest.raises(SpecError) as error:
+        load_spec(path, [override])
+    assert message in str(error.value)
+
+
+def test_quantized_base_cannot_be_trained_itself(tmp_path):
+    with pytest.raises(SpecError, match="use adapter: lora"):
+        load_spec(write(tmp_path, GOOD), ["model.adapter=none", "model.quantization=nf4"])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [", "name: x\n"])
+def test_files_that_are_no_spec(tmp_path, text):
+    with pytest.raises(SpecError):
+        load_spec(write(tmp_path, text))
+
+
+def test_missing_file():
+    with pytest.raises(SpecError, match="cannot read the spec nowhere.yaml"):
+        load_spec(Path("nowhere.yaml"))
+
+
+def test_overrides_are_yaml_and_numbers_in_any_notation(tmp_path):
+    overrides = ["train.learning_rate=1e-4", "train.max_steps=7", "data.columns={text: body}"]
+    spec = load_spec(write(tmp_path, GOOD), [*overrides, "data.format=text"])
+    assert (spec.train.learning_rate, spec.train.max_steps) == (1e-4, 7)
+    assert spec.data.columns == {"text": "body"}
+
+
+def test_relative_paths_follow_the_file_not_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "ops.py").write_text("def keep(row): return True\n")
+    text = GOOD + ""
+    text = text.replace(
+        "{source: rows.jsonl}",
+        "{source: rows.jsonl, operations: [{method: filter, function: 'ops.py:keep'}]}",
+    )
+    path = write(tmp_path, text)
+    monkeypatch.chdir("/")
+    spec = load_spec(path)
+    assert spec.data.source == str(tmp_path / "rows.jsonl")
+    assert spec.data.operations[0].function == f"{tmp_path}/ops.py:keep"
+    assert spec.model.base_model == "org/name"
+
+
+def test_the_schema_has_a_description_for_every_key():
+    """It is the form in Prefect's UI."""
+    schema = parse_spec(MINIMAL).model_json_schema()
+    for name, section in {"RunSpec": schema, **schema["$defs"]}.items():
+        assert section.get("description"), name
+        for key, field in section.get("properties", {}).items():
+            assert field.get("description") or "$ref" in field, f"{name}.{key}"
+
+
+def test_two_mistakes_are_both_told(tmp_path):
+    with pytest.raises(SpecError) as error:
+        load_spec(write(tmp_path, GOOD), ["train.max_step=1", "data.seqlen=4"])
+    assert "max_steps" in str(error.value) and "seq_len" in str(error.value)
