@@ -15,6 +15,8 @@ from ditty.errors import DataError
 Chain = tuple[str, ...]
 """A global name and the attributes read from it at once: `np.linalg.norm`."""
 
+_LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}  # the last: Python 3.12
+
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -23,7 +25,7 @@ def used_chains(code: types.CodeType) -> set[Chain]:
     chains: set[Chain] = set()
     open_chain: list[str] = []
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if instruction.opname in _LOADS:
             chains.add(tuple(open_chain))
             open_chain = [instruction.argval]
         elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and open_chain:

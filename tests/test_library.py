@@ -14,11 +14,7 @@ from ditty.errors import DataError, SpecError
 from ditty.rundir import RunDir
 from tests.tiny import make_model_folder, make_tokenizer
 
-CALLS: list[int] = []
-
-
 def longer_than(row, at_least):
-    CALLS.append(1)
     return len(row["text"]) > at_least
 
 
@@ -45,8 +41,21 @@ STEPS = [
 ]
 
 
-def test_prepare_equals_datasets_and_is_cached():
-    CALLS.clear()
+@pytest.fixture
+def applied(monkeypatch):
+    """Operations that were really run, by method."""
+    calls = []
+    apply = Data._apply
+
+    def counting(self, method, function, kwargs):
+        calls.append(method)
+        return apply(self, method, function, kwargs)
+
+    monkeypatch.setattr(Data, "_apply", counting)
+    return calls
+
+
+def test_prepare_equals_datasets_and_is_cached(applied):
     loader = make_data().prepare(STEPS)
     reference = texts().filter(lambda r: len(r["text"]) > 12).map(upper, batched=True)
     expected = [make_tokenizer()(t)["input_ids"] for t in reference["text"]]
@@ -55,11 +64,12 @@ def test_prepare_equals_datasets_and_is_cached():
         for batch in loader
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    assert sorted(rows) == sorted(expected) and len(CALLS) == 30
+    assert sorted(rows) == sorted(expected)
+    assert applied == ["filter", "map", "map"]
     make_data().prepare(STEPS)
-    assert len(CALLS) == 30, "the second time nothing runs"
+    assert len(applied) == 3, "the second time something ran"
     make_data(dataset=texts().select(range(20))).prepare(STEPS)
-    assert len(CALLS) == 50, "other rows are another key"
+    assert len(applied) == 6, "other rows were taken for the same"
 
 
 def test_padding_is_masked_and_the_end_is_learned_although_pad_is_eos():

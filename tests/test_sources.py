@@ -113,11 +113,11 @@ def test_a_function(tmp_path):
 
 
 def test_types_hold_all_rows_whichever_batch_they_are_in(tmp_path):
-    rows = [{"a": None, "m": []} for _ in range(1500)]
+    rows = [{"a": 1, "m": []}, *({"a": None, "m": []} for _ in range(1499))]
     rows += [{"m": [{"role": "user"}], "a": 1}, {"m": None, "a": 2.5, "late": True}]
     path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
     back = loaded(tmp_path, path)
-    assert back[0] == {"a": None, "m": [], "late": None}
+    assert back[:2] == [{"a": 1.0, "m": [], "late": None}, {"a": None, "m": [], "late": None}]
     assert back[1500:] == [
         {"a": 1.0, "m": [{"role": "user"}], "late": None},
         {"a": 2.5, "m": None, "late": True},

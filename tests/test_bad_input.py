@@ -1,0 +1,230 @@
+"""A user's mistakes: each a clear error, before a process is started or a GPU touched."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditty import preflight, stages
+from ditty.artifacts import Store
+from ditty.errors import DataError, ModelError, RemoteError, RunMismatch, SpecError, StoreError
+from ditty.files import locked, make_dir, write_json
+from ditty.plan import make_plan
+from ditty.rundir import RunDir
+from ditty.spec import RunSpec
+from tests.tiny import make_model_folder, make_tokenizer, tiny_config
+
+GOOD_ROWS = [
+    {"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": "yes"}]}
+    for i in range(20)
+]
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    """Starting anything is a failure."""
+
+    def refuse(*arguments: Any, **_: Any) -> None:
+        pytest.fail(f"started {arguments}")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+def make_spec(tmp_path: Path, rows: Any = GOOD_ROWS, **changes: Any) -> RunSpec:
+    if not isinstance(rows, str):
+        rows = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    if not (tmp_path / "model").exists():
+        make_model_folder(tmp_path / "model")
+    values: dict[str, Any] = {
+        "name": "x",
+        "data": {"source": str(tmp_path / "rows.jsonl"), "seq_len": 64, "eval_fraction": 0.2},
+        "model": {"base_model": str(tmp_path / "model")},
+        "train": {"precision": "fp32"},
+        "launch": {"device": "cpu"},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section] = values[section] | {name: value} if name else value
+    return RunSpec.model_validate(values)
+
+
+def prepare(spec: RunSpec) -> dict[str, Any]:
+    """What the flow does before the first process: preflight and the data stages."""
+    store = Store()
+    line = preflight.check(spec, store)
+    facts = {}
+    for ref in line.data():
+        with locked(store.lock(ref.stage, ref.key).path):
+            facts[ref.stage] = stages.build_data(ref, line, spec, store).facts
+    return facts
+
+
+def test_a_good_spec_passes_and_its_plan_turns_cached(tmp_path, no_process):
+    spec = make_spec(tmp_path)
+    before = make_plan(spec, Store())
+    assert [p.stage for p in before.stages] == ["load", "tokenize", "pack", "train"]
+    assert {p.state for p in before.stages} == {"will run"} and before.steps is None
+    facts = prepare(spec)
+    tokens = facts["tokenize"]
+    assert tokens["rows"] == 20 == tokens["train_rows"] + tokens["eval_rows"]
+    after = make_plan(spec, Store())
+    assert [p.state for p in after.stages] == ["cached"] * 3 + ["will run"]
+    assert after.steps == -(-facts["pack"]["rows"] // 8)
+    assert json.dumps(after.to_json())
+    changed = make_plan(make_spec(tmp_path, data__seq_len=32), Store())
+    assert [p.state for p in changed.stages] == ["cached"] + ["will run"] * 3
+    assert "after tokenize" in changed.stages[2].why
+
+
+TEXT = {"data__format": "text"}
+PAIRS = {"data__format": "prompt_completion"}
+
+
+@pytest.mark.parametrize(
+    "rows, changes, message",
+    [
+        ([{"massages": []}], {}, "messages"),
+        ([{"text": "a", "n": 1}], PAIRS, "prompt"),
+        ([{"text": "a"}, {"text": 3}], TEXT, "text"),
+        ([{"text": 3}, {"text": 4}], TEXT, "row 0"),
+        ([{"text": "a"}, {"text": None}], TEXT, "row 1"),
+        ([{"messages": "hello"}], {}, "row 0"),
+        ("", {}, "has no rows"),
+        ('{"text": "a"}\n{"text": \n', TEXT, "line 2"),
+        ([{"prompt": "a", "completion": "b"}], {**PAIRS, "data__columns": {"prompt": "q"}}, "q"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else str(value)[:40],
+)
+def test_rows_that_cannot_be_used(tmp_path, no_process, rows, changes, message):
+    with pytest.raises(DataError) as error:
+        prepare(make_spec(tmp_path, rows, **changes))
+    assert message in str(error.value)
+
+
+def test_unknown_source_and_model(tmp_path, no_process):
+    with pytest.raises(DataError, match="rows.jsonl"):
+        prepare(make_spec(tmp_path, data__source=str(tmp_path / "row.jsonl")))
+    with pytest.raises(ModelError, match="did you mean"):
+        prepare(make_spec(tmp_path, model__base_model=str(tmp_path / "modle")))
+
+
+def test_unknown_function(tmp_path, no_process):
+    (tmp_path / "ops.py").write_text("def keep(row):\n    return True\n")
+    operation = {"method": "filter", "function": f"{tmp_path}/ops.py:kep"}
+    with pytest.raises(DataError, match="keep"):
+        prepare(make_spec(tmp_path, data__operations=[operation]))
+
+
+def test_seq_len_beyond_the_models(tmp_path, no_process):
+    with pytest.raises(SpecError, match=r"seq_len.*1024.*512"):
+        prepare(make_spec(tmp_path, data__seq_len=1024))
+
+
+def test_no_chat_template(tmp_path, no_process):
+    make_model_folder(tmp_path / "model", tokenizer=make_tokenizer(chat_template=None))
+    with pytest.raises(DataError, match="chat template"):
+        prepare(make_spec(tmp_path))
+
+
+def test_no_end_token(tmp_path, no_process):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    make_model_folder(tmp_path / "model", tokenizer=tokenizer)
+    with pytest.raises(DataError, match="eos"):
+        prepare(make_spec(tmp_path))
+
+
+def test_no_causal_language_model(tmp_path, no_process):
+    from transformers import LlamaForSequenceClassification
+
+    folder = tmp_path / "model"
+    LlamaForSequenceClassification(tiny_config()).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with pytest.raises(ModelError, match="causal"):
+        prepare(make_spec(tmp_path))
+
+
+def test_unwritable_store(tmp_path, no_process, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DITTY_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(StoreError, match="DITTY_HOME"):
+        prepare(make_spec(tmp_path))
+
+
+def test_no_gpu(tmp_path, no_process):
+    from ditty.environment import resolve_device
+    from ditty.spec import LaunchSpec
+
+    if resolve_device(LaunchSpec()) == "cuda":
+        pytest.skip("there is a GPU")
+    with pytest.raises(SpecError, match="no NVIDIA GPU"):
+        prepare(make_spec(tmp_path, launch__device="cuda"))
+
+
+def test_unreachable_s3_and_no_credentials(tmp_path, no_process, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    spec = make_spec(tmp_path, upload={"url": "s3://bucket/x"})
+    with pytest.raises(RemoteError, match="AWS_ACCESS_KEY_ID"):
+        prepare(spec)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "canary")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
+    with pytest.raises(RemoteError, match=r"127\.0\.0\.1:9") as error:
+        prepare(spec)
+    assert "canary-secret" not in str(error.value)
+
+
+def test_a_name_that_is_taken_by_another_spec(tmp_path, no_process):
+    spec = make_spec(tmp_path)
+    run = RunDir.named("x", Store().home)
+    write_json(make_dir(run.root) / "spec.json", spec.model_dump(mode="json"))
+    prepare(spec)
+    prepare(make_spec(tmp_path, train={"precision": "fp32", "save_steps": 7}))
+    traded = {"micro_batch_size": 8, "gradient_accumulation_steps": 1, "precision": "fp32"}
+    prepare(make_spec(tmp_path, train=traded))
+    with pytest.raises(RunMismatch, match=r"train\.learning_rate was 0\.0002, now 0\.1"):
+        prepare(make_spec(tmp_path, train={"precision": "fp32", "learning_rate": 0.1}))
+    with pytest.raises(RunMismatch, match="global batch"):
+        prepare(make_spec(tmp_path, train={"precision": "fp32", "micro_batch_size": 2}))
+
+
+def ditty(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":
+    import os
+
+    code = "from flows.cli import main; main()"
+    environment = {**os.environ, "DITTY_HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_prints_errors_without_a_traceback(tmp_path):
+    spec = make_spec(tmp_path)
+    import yaml
+
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    home = tmp_path / "home"
+    wrong = ditty("plan", str(path), "--set", "train.learning_rat=1", home=home)
+    assert wrong.returncode == 1 and "did you mean learning_rate?" in wrong.stderr
+    assert "Traceback" not in wrong.stderr + wrong.stdout
+    good = ditty("plan", str(path), "--json", home=home)
+    assert good.returncode == 0, good.stderr
+    assert [s["stage"] for s in json.loads(good.stdout)["stages"]][-1] == "train"
+    shown = ditty("plan", str(path), home=home)
+    assert "will run" in shown.stdout
+    assert "no runs" in ditty("status", home=home).stdout
+    missing = ditty("status", "nobody", home=home)
+    assert missing.returncode == 1 and "there is no run nobody" in missing.stderr
