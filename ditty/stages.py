@@ -213,7 +213,10 @@ def _run_data_stage(
     from ditty import operations, packing, tokenization
 
     if source is None:
-        return sources.load(spec.data, out)
+        # Of the hub, exactly the commit that the key names: a branch may have moved since.
+        commit = ref.inputs["source"].get("commit")
+        data = spec.data.model_copy(update={"revision": commit}) if commit else spec.data
+        return sources.load(data, out)
     if ref.operation is not None:
         return operations.apply(ref.operation, source, out, spec.data.num_proc)
     if ref.stage == "tokenize":
