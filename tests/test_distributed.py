@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from ditty import launch
 from ditty.artifacts import Store
 from ditty.rundir import RunDir, Status
-from ditty.spec import LaunchSpec
+from ditty.spec import ModelSpec
 from ditty.specfile import parse_spec
 from ditty.tables import write
 from tests.tiny import make_model_folder, random_rows
@@ -38,25 +38,28 @@ def inputs(tmp_path_factory):
     return root
 
 
-def run_training(inputs, home, processes: int, *, dropout=0.0, steps=60, stop_at=None):
+def run_training(inputs, home, processes: int, *, stop_at=None, device="cpu", **changes):
     """One attempt through accelerate; returns (result, run directory, attempt).
 
     `stop_at`: ask for a stop once this step is in the log; the real one comes a little later.
+    `changes`: keys of the spec's sections `model` and `train`.
     """
     values = {
         "name": "run",
         "data": {"source": "unused"},
-        "model": {"base_model": str(inputs / "model"), "lora_dropout": dropout},
+        "model": {"base_model": str(inputs / "model")},
         "train": {
-            "max_steps": steps,
+            "max_steps": 60,
             "micro_batch_size": 1,
             "gradient_accumulation_steps": 8 // processes,
             "precision": "fp32",
             "learning_rate": 1e-3,
             "save_steps": 1000,
         },
-        "launch": {"num_processes": processes, "device": "cpu", "threads": 1},
+        "launch": {"num_processes": processes, "device": device, "threads": 1},
     }
+    for name, value in changes.items():
+        values["model" if name in ModelSpec.model_fields else "train"][name] = value
     spec = parse_spec(values)
     run = RunDir.named("run", home)
     attempt = run.new_attempt("train")
@@ -67,7 +70,7 @@ def run_training(inputs, home, processes: int, *, dropout=0.0, steps=60, stop_at
         "inputs": {"test": "distributed"},
         "model_dir": str(inputs / "model"),
         "data_dir": str(inputs / "data"),
-        "device": "cpu",
+        "device": device,
     }
     lines: list[str] = []
 
@@ -93,7 +96,7 @@ def adapter(home):
 
 
 def test_two_processes_resume_bitwise_with_dropout_on(inputs, tmp_path):
-    result, whole, attempt = run_training(inputs, tmp_path / "whole", 2, dropout=0.2)
+    result, whole, attempt = run_training(inputs, tmp_path / "whole", 2, lora_dropout=0.2)
     assert (result.status, result.step) == (Status.OK, 60)
     beats = [json.loads(p.read_text()) for p in sorted((attempt / "heartbeat").glob("*.json"))]
     assert len(beats) == 2 and beats[0]["pid"] != beats[1]["pid"], "there were no two processes"
@@ -101,10 +104,10 @@ def test_two_processes_resume_bitwise_with_dropout_on(inputs, tmp_path):
     assert state["world_size"] == 2
 
     home = tmp_path / "cut"
-    result, cut, _ = run_training(inputs, home, 2, dropout=0.2, stop_at=5)
+    result, cut, _ = run_training(inputs, home, 2, lora_dropout=0.2, stop_at=5)
     assert result.status is Status.PREEMPTED and 5 <= result.step < 60
     assert cut.committed_steps() == [result.step]
-    result, _, _ = run_training(inputs, home, 2, dropout=0.2)
+    result, _, _ = run_training(inputs, home, 2, lora_dropout=0.2)
     assert (result.status, result.step) == (Status.OK, 60)
     assert losses(cut) == losses(whole)
     expected, got = adapter(tmp_path / "whole"), adapter(home)
@@ -114,12 +117,12 @@ def test_two_processes_resume_bitwise_with_dropout_on(inputs, tmp_path):
 
 def test_two_processes_give_the_losses_of_one(inputs, tmp_path):
     """And a run may go on with another number of processes: 1 to 2 under the same global batch."""
-    result, one, _ = run_training(inputs, tmp_path / "one", 1, steps=20)
+    result, one, _ = run_training(inputs, tmp_path / "one", 1, max_steps=20)
     assert result.status is Status.OK
     home = tmp_path / "changed"
-    result, changed, _ = run_training(inputs, home, 1, steps=20, stop_at=1)
+    result, changed, _ = run_training(inputs, home, 1, max_steps=20, stop_at=1)
     assert result.status is Status.PREEMPTED and result.step < 20
-    result, _, attempt = run_training(inputs, home, 2, steps=20)
+    result, _, attempt = run_training(inputs, home, 2, max_steps=20)
     assert (result.status, result.step) == (Status.OK, 20)
     assert len(list((attempt / "heartbeat").glob("*.json"))) == 2
     assert losses(changed) == pytest.approx(losses(one), rel=1e-5)
