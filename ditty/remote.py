@@ -25,7 +25,7 @@ from ditty.s3 import Bucket, Patience, scrub
 
 log = logging.getLogger(__name__)
 
-CHECK_S = 15.0  # seconds that `check` waits for an endpoint: a person is looking on
+CHECK_S = 5.0  # seconds that `check` gives a request, and a fault to pass: a person looks on
 TRANSFERS = 2  # copies of a file that are made before its damage is called lasting
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*"
 _NAME = re.compile(rf"{_PART}(/{_PART})*")
@@ -52,10 +52,14 @@ class Remote:
     def check(self) -> None:
         """Write, list, read back and delete a probe: all that a run will need, before it starts.
 
-        Creates the folder of a `file:` url. Gives up on a dead endpoint after CHECK_S seconds.
+        Creates the folder of a `file:` url. Gives up on a dead endpoint after about CHECK_S
+        seconds, on a silent one after less than a minute.
         """
-        total_s = min(CHECK_S, self._patience.total_s)
-        objects = _open(self.url, replace(self._patience, total_s=total_s))
+        usual = self._patience
+        brief = replace(
+            usual, total_s=min(CHECK_S, usual.total_s), request_s=min(CHECK_S, usual.request_s)
+        )
+        objects = _open(self.url, brief)
         objects.prepare()
         key = f"ditty-probe-{uuid.uuid4().hex}"
         data = key.encode()

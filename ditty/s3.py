@@ -19,7 +19,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ditty.errors import DittyError, RemoteDenied, RemoteError, StoreError
+from ditty.errors import DittyError, RemoteDenied, RemoteError, SpecError, StoreError
 from ditty.files import sha256_bytes
 from ditty.objects import permanent
 
@@ -309,8 +309,7 @@ class Bucket:
                 cause = error.__cause__ or error  # s3fs's own text leaves the error code out
                 said = scrub(f"{type(cause).__name__}: {cause}")
                 if wait is None:
-                    # The original may hold the endpoint's password: it stays out of tracebacks.
-                    raise self._explain(trouble, doing, said) from None
+                    raise self._explain(trouble, doing, said) from error
             log.warning("s3://%s: cannot %s (%s); again in %.1f s", self.bucket, doing, said, wait)
             time.sleep(wait)
 
@@ -346,6 +345,9 @@ def _file_system(request_s: float) -> Any:
     import aiohttp
     import s3fs
     from aiobotocore.httpsession import AIOHTTPSession
+
+    if "@" in os.environ.get("AWS_ENDPOINT_URL_S3", ""):  # aiohttp refuses it, after retries
+        raise SpecError(f"AWS_ENDPOINT_URL_S3 holds a user name or password. {_CREDENTIALS}")
 
     class BoundedSession(AIOHTTPSession):
         """Adds the one limit that holds while aiohttp waits for `100 Continue`."""

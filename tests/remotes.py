@@ -40,6 +40,10 @@ def s3_env(moto_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> py
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    # botocore's own wait before its second try: up to a second, at random.
+    monkeypatch.setattr(
+        "botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01
+    )
     return monkeypatch
 
 
