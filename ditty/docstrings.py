@@ -14,7 +14,7 @@ from typing import Any
 from ditty.files import canonical_json, sha256_bytes
 
 PROMPT = "Write the docstring of this Python function."
-DOCSTRING_CHARACTERS = range(20, 401)
+DOCSTRING_CHARACTERS = range(20, 801)
 CODE_CHARACTERS = range(60, 1501)
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 
@@ -25,8 +25,8 @@ def docstrings() -> Iterator[dict[str, Any]]:
     """Functions and methods of the running Python's library, in the order of its files.
 
     Yields:
-        {"messages": [user: the code without its docstring, assistant: the docstring's first
-        paragraph], "name": "module.qualname"}
+        {"messages": [user: the code without its docstring, assistant: the docstring],
+        "name": "module.qualname"}
     """
     root = _library()
     for path in _files(root):
@@ -80,7 +80,7 @@ def _row(name: str, node: FunctionNode) -> dict[str, Any] | None:
     docstring = ast.get_docstring(node)
     if docstring is None or len(node.body) < 2:
         return None
-    answer = docstring.partition("\n\n")[0].strip()
+    answer = docstring.strip()
     if len(answer) not in DOCSTRING_CHARACTERS:
         return None
     node.body = node.body[1:]

@@ -20,7 +20,6 @@ from ditty.spec import RunSpec
 from ditty.stages import StageLine
 from flows import tasks
 from flows.progress import Event, EventState, emit
-from flows.server import local_server
 from flows.training import CancelRequested, Work
 
 
@@ -34,6 +33,8 @@ def run_name() -> str:
 def finetune(spec: RunSpec) -> dict[str, Any]:
     """Fine-tune a causal language model as `spec` says; the same name resumes.
 
+    It needs a Prefect API: see `flows.server.local_server`.
+
     Returns:
         {"run": its name, "stages": references of the artifacts, "path": the trained adapter or
         model, "model_dir": the base model}
@@ -46,12 +47,6 @@ def finetune(spec: RunSpec) -> dict[str, Any]:
         except CancelRequested as error:
             # Prefect takes a state that is returned for the state of the run.
             return Cancelled(message=str(error))  # type: ignore[return-value]
-
-
-def finetune_here(spec: RunSpec) -> dict[str, Any]:
-    """`finetune` with the API that is configured, or one of this machine that ends with it."""
-    with local_server():
-        return finetune(spec)
 
 
 def _stages(spec: RunSpec) -> dict[str, Any]:

@@ -14,10 +14,13 @@ import psutil
 import pytest
 
 from ditty.artifacts import Store, verify
+from ditty.errors import RunError
 from ditty.rundir import RunDir, Status, read_result
 from ditty.spec import RunSpec
+from flows import tasks
 from flows.finetune import finetune
 from flows.progress import Event, EventState, listen
+from flows.training import CancelRequested
 from tests.tiny import make_model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -106,9 +109,6 @@ def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) 
 def test_a_stop_meant_for_an_earlier_run_is_forgotten(
     spec: RunSpec, home: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ditty.errors import RunError
-    from flows import tasks
-
     run = RunDir.named("demo", home)
     run.root.mkdir(parents=True)
     run.stop_file.touch()
@@ -121,6 +121,17 @@ def test_a_stop_meant_for_an_earlier_run_is_forgotten(
     with pytest.raises(RunError, match="far enough"):
         finetune(spec.model_dump())  # as a deployment calls it
     assert not Store(home).path("train", "").exists()
+
+
+def test_a_cancel_without_a_runner_ends_as_cancelled(
+    spec: RunSpec, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(ref: Any, work: Any) -> None:
+        raise CancelRequested("nobody else could stop it")
+
+    monkeypatch.setattr(tasks, "run_attempt", attempt)
+    state: Any = finetune(spec, return_state=True)
+    assert state.is_cancelled() and state.message == "nobody else could stop it"
 
 
 def test_the_form_knows_every_section() -> None:
