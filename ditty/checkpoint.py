@@ -31,6 +31,7 @@ from ditty.artifacts import (
 )
 from ditty.errors import ArtifactDamaged, RunMismatch, StoreError
 from ditty.files import fsync_path, read_json, sha256_bytes, write_json
+from ditty.identity import check_identity
 from ditty.model import trainable
 from ditty.rundir import RunDir
 from ditty.world import World
@@ -193,25 +194,6 @@ class Checkpointer:
         )
         text = f"ditty rng {json.dumps(self.identity, sort_keys=True)} {step} {self.world.rank}"
         seed_all(int(sha256_bytes(text.encode())[:8], 16))
-
-
-def check_identity(expected: dict[str, Any], got: dict[str, Any], where: str) -> None:
-    """Raise RunMismatch naming each key in which two identities differ."""
-    differences = list(_differences(expected, got, ""))
-    if differences:
-        raise RunMismatch(
-            f"{where} belongs to another spec: {'; '.join(differences)}. "
-            "Choose another name for this run, or take the change back"
-        )
-
-
-def _differences(expected: Any, got: Any, prefix: str) -> Any:
-    for key in sorted(set(expected) | set(got)):
-        a, b = got.get(key), expected.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(b, a, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key} was {a!r}, now {b!r}"
 
 
 def _load_weights(

@@ -4,6 +4,7 @@ Each operation of `prepare` is an artifact of the store, keyed as in the flow by
 and the function's source, so that a second run, another process or another rank finds it there.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -195,7 +196,7 @@ class EpochBatches(Sampler[list[int]]):
             yield rows[start : start + self.batch_size]
 
     def __len__(self) -> int:
-        return -(-self.order.num_rows // self.batch_size)
+        return math.ceil(self.order.num_rows / self.batch_size)
 
 
 def write_rows(path: Path, dataset: "datasets.Dataset") -> None:

@@ -91,6 +91,14 @@ def make_dir(path: Path) -> Path:
     return path
 
 
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class FileLock:
     """An exclusive lock between processes, freed by the kernel when the holder dies.
 
@@ -108,8 +116,9 @@ class FileLock:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                if _try_lock(fd):
+                    self._fd = fd
+                    return True
                 if end is not None and time.monotonic() >= end:
                     os.close(fd)
                     return False
@@ -117,9 +126,6 @@ class FileLock:
             except BaseException:
                 os.close(fd)
                 raise
-            else:
-                self._fd = fd
-                return True
 
     def release(self) -> None:
         """Give the lock back."""

@@ -26,7 +26,7 @@ import yaml
 
 from ditty import errors
 from ditty.environment import MARGIN_SECONDS, child_environment, resolve_device
-from ditty.errors import DittyError, Preempted, RunError
+from ditty.errors import DittyError, RunError
 from ditty.files import write_atomic, write_json
 from ditty.rundir import Result, Status, read_result
 from ditty.spec import Device, LaunchSpec
@@ -104,14 +104,11 @@ def raise_for_result(result: Result) -> None:
     """Return if the stage is done, else raise what it ended with.
 
     Raises:
-        Preempted: it was asked to stop, and saved.
-        DittyError: the class of ditty.errors that `result.kind` names, or RunError where it names
-            none; `retryable` follows the result.
+        DittyError: the class of ditty.errors that `result.kind` names (Preempted: it was asked to
+            stop, and saved), or RunError where it names none; `retryable` follows the result.
     """
     if result.status is Status.OK:
         return
-    if result.status is Status.PREEMPTED:
-        raise Preempted(result.message)
     named = getattr(errors, result.kind, None)
     if isinstance(named, type) and issubclass(named, DittyError):
         error = named(result.message)

@@ -128,7 +128,8 @@ def resolve(spec: RunSpec, store: Store) -> StageLine:
 
 def _fetch_refs(base: basemodel.BaseModelRef) -> Iterator[StageRef]:
     if base.kind != "folder":
-        yield StageRef("fetch", basemodel.key(base), dict(base.identity), f"fetch {base.name}")
+        title = f"fetch {_short(base.name)}"
+        yield StageRef("fetch", basemodel.key(base), dict(base.identity), title)
 
 
 def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ditty.artifacts import Store
+from ditty.artifacts import Store, read_manifest
 from ditty.errors import DittyError
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
@@ -57,6 +57,7 @@ def demo(overrides: Overrides = None) -> None:
     with console.status("looking for the base model"):
         spec = demo_spec(store, overrides or [])
     result = _run(spec, store)
+    _print_losses(result)
     _print_samples(spec, store)
     base = str(result["model_dir"])
     console.print("\n[bold]use it[/]")
@@ -71,7 +72,7 @@ def demo(overrides: Overrides = None) -> None:
 @app.command()
 def run(spec: SpecFile, overrides: Overrides = None) -> None:
     """Run a spec: every stage that is not cached, then training from the newest checkpoint."""
-    _run(load_spec(spec, overrides or []), Store())
+    _print_losses(_run(load_spec(spec, overrides or []), Store()))
 
 
 @app.command()
@@ -144,6 +145,18 @@ def _run(spec: RunSpec, store: Store) -> dict[str, Any]:
         stack.enter_context(quiet_console())
         stack.enter_context(listen(stack.enter_context(StageLines(console))))
         return finetune(spec)
+
+
+def _print_losses(result: dict[str, Any]) -> None:
+    """The held-out loss before and after, from the result's own manifest."""
+    facts = read_manifest(Path(result["path"])).facts
+    losses = [e["loss"] for e in facts["eval"]]
+    if losses:
+        console.print(
+            f"\n[bold]held-out loss[/]: {losses[0]:.2f} before, {losses[-1]:.2f} after "
+            f"{facts['steps']} steps"
+        )
+    console.print(f"[bold]result[/]: {result['path']}", soft_wrap=True)
 
 
 def _print_samples(spec: RunSpec, store: Store) -> None:

@@ -86,4 +86,5 @@ class StageLines:
             EventState.DONE: ("[green]✓[/]", seconds),
         }.get(event.state, ("[red]✗[/]", f"failed {seconds}"))
         title = escape(event.stage)
-        self.console.print(f"{mark} {title:<44} [bold]{word:>8}[/]  {escape(event.message)}")
+        line = f"{mark} {title:<44} [bold]{word:>8}[/]  {escape(event.message)}"
+        self.console.print(line, soft_wrap=True)

@@ -10,7 +10,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from ditty.errors import ArtifactDamaged, DittyError, RunMismatch
+from ditty.artifacts import Store
+from ditty.errors import ArtifactDamaged, DittyError
+from ditty.identity import check_identity
 from ditty.remote import Remote
 from ditty.rundir import STEP_NAME, RunDir, step_name
 
@@ -24,6 +26,11 @@ Logger = logging.Logger | logging.LoggerAdapter[Any]
 def remote_name(run_name: str, step: int) -> str:
     """Where the checkpoint of `step` stands below the target's url."""
     return f"{run_name}/checkpoints/{step_name(step)}"
+
+
+def final_name(run_name: str, key: str) -> str:
+    """Where the result of the training `key` stands below the target's url."""
+    return f"{run_name}/final/{key}"
 
 
 def remote_steps(remote: Remote, run_name: str) -> list[int]:
@@ -71,13 +78,22 @@ def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logg
 
 def _check_identity(remote: Remote, name: str, identity: dict[str, Any]) -> None:
     manifest = remote.manifest(name)
-    found: dict[str, Any] = manifest.facts.get("identity", {}) if manifest else identity
-    if found != identity:
-        different = sorted(k for k in {*identity, *found} if identity.get(k) != found.get(k))
-        raise RunMismatch(
-            f"{remote.url}/{name} is of another spec, different in {', '.join(different)}: choose "
-            "another name for this run or another upload.url, or take the change back"
-        )
+    if manifest:
+        check_identity(identity, manifest.facts.get("identity", {}), f"{remote.url}/{name}")
+
+
+def fetch_result(store: Store, remote: Remote, run_name: str, key: str, log: Logger) -> bool:
+    """Download the finished result of this very training, if another machine has uploaded it.
+
+    Returns:
+        whether it is in the store now.
+    """
+    name = final_name(run_name, key)
+    if remote.manifest(name) is None:
+        return False
+    remote.get(name, store.path("train", key))
+    log.info("fetched the result from %s/%s: nothing is trained", remote.url, name)
+    return True
 
 
 class Mirror:

@@ -13,8 +13,9 @@ from ditty.remote import Remote
 from ditty.spec import RunSpec
 from ditty.stages import StageLine, StageRef
 from flows.caching import Reference, cached, reference
+from flows.mirror import final_name
 from flows.progress import Event, EventState, emit
-from flows.training import Work, passing, raise_for_result, retry_delays, run_attempt
+from flows.training import Work, passing, retry_delays, run_attempt
 
 
 @task(name="fetch", task_run_name="{ref.title}")
@@ -43,7 +44,7 @@ def make_model(ref: StageRef, work: Work) -> Reference:
             on_line=lambda line: log.info("%s", line),
             check=lambda: None,
         )
-        raise_for_result(result)
+        launch.raise_for_result(result)
     return made(ref, work.store)
 
 
@@ -62,7 +63,7 @@ def upload(ref: StageRef, trained: StageRef, spec: RunSpec, store: Store) -> Ref
     It counts as done for as long as the target has it: the hit asks there (caching.receipt_holds).
     """
     assert spec.upload.url is not None, "a spec without upload.url has no stage upload"
-    name = f"{spec.name}/final/{trained.key}"
+    name = final_name(spec.name, trained.key)
     digest = Remote(spec.upload.url).put(store.path(trained.stage, trained.key), name)
     receipt = {"target": spec.upload.url, "name": name, "digest": digest}
     if not store.find(ref.stage, ref.key):

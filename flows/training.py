@@ -18,13 +18,13 @@ from prefect.logging import get_run_logger
 from ditty import launch
 from ditty.artifacts import Store
 from ditty.environment import resolve_device
-from ditty.errors import Crashed, DittyError, RunError
+from ditty.errors import Crashed, RunError
 from ditty.files import read_json, write_json
 from ditty.remote import Remote
-from ditty.rundir import Result, RunDir
+from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from ditty.stages import StageRef
-from flows.mirror import Logger, Mirror, fetch_newer
+from flows.mirror import Logger, Mirror, fetch_newer, fetch_result
 from flows.progress import Event, EventState, emit
 from flows.watch import MetricsTail, StallWatch, level_of
 
@@ -80,6 +80,10 @@ def run_attempt(ref: StageRef, work: Work) -> None:
     log = get_run_logger()
     run, spec = work.run, work.spec
     with ExitStack() as stack:
+        if spec.upload.url and fetch_result(
+            work.store, Remote(spec.upload.url), spec.name, ref.key, log
+        ):
+            return
         if spec.upload.url and spec.upload.checkpoints:
             remote = Remote(spec.upload.url)
             fetch_newer(run, remote, ref.inputs, log)
@@ -97,19 +101,10 @@ def run_attempt(ref: StageRef, work: Work) -> None:
                 on_line=reporter.on_line,
                 check=reporter.check,
             )
-            raise_for_result(result)
+            launch.raise_for_result(result)
         except Crashed as error:
             judge_crash(error, attempt, run)
             raise
-
-
-def raise_for_result(result: Result) -> None:
-    """`launch.raise_for_result`, with the worker's word on whether to try again."""
-    try:
-        launch.raise_for_result(result)
-    except DittyError as error:
-        error.retryable = result.retryable
-        raise
 
 
 def judge_crash(error: Crashed, attempt: Path, run: RunDir) -> None:

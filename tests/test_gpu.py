@@ -1,6 +1,6 @@
 """What only a GPU can show: the kernels for packed documents, NCCL, bf16. Mark `gpu`.
 
-    python -m pytest -m gpu -o addopts= tests/test_gpu.py
+python -m pytest -m gpu -o addopts= tests/test_gpu.py
 """
 
 import time

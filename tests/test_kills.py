@@ -28,7 +28,11 @@ STEPS = 30
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kills")
     rows = [
-        {"messages": [{"role": r, "content": f"{r} says {i * 7919}"} for r in ("user", "assistant")]}
+        {
+            "messages": [
+                {"role": r, "content": f"{r} says {i * 7919}"} for r in ("user", "assistant")
+            ]
+        }
         for i in range(3000)
     ]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -126,7 +130,11 @@ def test_killed_at_five_moments_ends_like_an_undisturbed_run(
 
 
 def test_another_machine_resumes_from_s3(
-    place: Path, oracle: str, home: Path, prefect_api: str, bucket: Any  # noqa: F811
+    place: Path,
+    oracle: str,
+    home: Path,
+    prefect_api: str,
+    bucket: Any,  # noqa: F811
 ) -> None:
     """Stopped in the middle, DITTY_HOME lost: the next run goes on from the uploaded checkpoint."""
     spec = make_spec(place, f"s3://{bucket.name}/prefix")

@@ -14,6 +14,7 @@ from ditty.errors import DataError, SpecError
 from ditty.rundir import RunDir
 from tests.tiny import make_model_folder, make_tokenizer
 
+
 def longer_than(row, at_least):
     return len(row["text"]) > at_least
 
@@ -130,9 +131,7 @@ OPTIONS = {"batch_size": 2, "grad_accum": 2, "precision": "fp32", "learning_rate
 
 
 @pytest.mark.parametrize("adapter, quantization", [("none", "none"), ("lora", "nf4")])
-def test_pipeline_trains_resumes_and_saves_what_transformers_loads(
-    tmp_path, adapter, quantization
-):
+def test_pipeline_trains_resumes_and_saves_what_transformers_loads(tmp_path, adapter, quantization):
     folder = str(make_model_folder(tmp_path / "model"))
     options = {**OPTIONS, "adapter": adapter, "quantization": quantization, "max_steps": 9}
     whole = Mine(folder, output_dir=str(tmp_path / "whole"), **options).run()
