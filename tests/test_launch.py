@@ -435,7 +435,8 @@ def test_one_process_through_accelerate(attempt: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("result", "error", "retryable"),
     [
-        (Result(Status.PREEMPTED, step=4, message="m"), Preempted, True),
+        (Result(Status.PREEMPTED, 4, "Preempted", "m", retryable=True), Preempted, True),
+        (Result(Status.PREEMPTED, 4, "Preempted", "m", retryable=False), Preempted, False),
         (Result(Status.FAILED, kind="DataError", message="m"), DataError, False),
         (Result(Status.FAILED, kind="DataError", message="m", retryable=True), DataError, True),
         (Result(Status.FAILED, kind="OutOfMemory", message="m"), OutOfMemory, False),

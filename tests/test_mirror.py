@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_spec_is_refused(
     save(run, 1, {**IDENTITY, "data": "other rows"})
     remote.put(run.checkpoint(1), mirror.remote_name("demo", 1))
     other = RunDir.named("demo", tmp_path / "other")
-    with pytest.raises(RunMismatch, match="different in data"):
+    with pytest.raises(RunMismatch, match="data was 'other rows', now 'rows'"):
         fetch_newer(other, remote, IDENTITY, LOG)
 
 

@@ -39,7 +39,8 @@ def build(folder: Path, *, adapter: str = "none", attention_kind: str = "packed"
 
 def settings(**changes) -> TrainSpec:
     values = {
-        "max_steps": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 4, "precision": "fp32",
+        "max_steps": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 4,
+        "precision": "fp32",
         "learning_rate": 1e-3, "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5,
     }  # fmt: skip
     return TrainSpec(**(values | changes))
