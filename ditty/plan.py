@@ -4,10 +4,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ditty import preflight, stages
+from ditty import basemodel, preflight, stages
 from ditty.artifacts import Manifest, Store
 from ditty.environment import resolve_device
-from ditty.errors import DittyError
 from ditty.remote import Remote
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -89,8 +88,6 @@ def _done(ref: stages.StageRef, spec: RunSpec, store: Store) -> Manifest | None:
 
 
 def _fetched(ref: stages.StageRef, spec: RunSpec, store: Store) -> Manifest | None:
-    from ditty import basemodel
-
     base = basemodel.identify(spec.model.base_model, spec.model.revision)
     if basemodel.locate(base, store) is None:
         return None
@@ -120,13 +117,3 @@ def _planned(
         steps = RunDir.named(spec.name, store.home).committed_steps()
         why += f"; resumes from step {steps[-1]}" if steps else ""
     return PlannedStage(ref.stage, ref.title, ref.key, "will run", why)
-
-
-def result_of(spec: RunSpec, store: Store) -> tuple[str, Manifest] | None:
-    """(folder, manifest) of the trained adapter or model, if it is in the store."""
-    try:
-        ref = stages.resolve(spec, store).need("train")
-    except DittyError:
-        return None
-    manifest = store.find("train", ref.key) if ref.key else None
-    return None if manifest is None else (str(store.path("train", ref.key)), manifest)

@@ -92,15 +92,16 @@ class Caller:
 
     def __call__(self, stage_task: Task[Any, Any], ref: StageRef, *args: Any) -> Any:
         """Run a task that is not cached."""
-        return self._call(self._retrying(stage_task), ref, args)
+        return self._call(self._retrying(stage_task, ref), ref, args)
 
     def cached(self, stage_task: Task[Any, Any], ref: StageRef, *args: Any) -> Any:
         """Run a task unless the artifact of `ref` is there, recorded and verified."""
         assert ref.key, f"the key of {ref.title} is not known"
-        return self._call(cached(self._retrying(stage_task), self.store), ref, args)
+        return self._call(cached(self._retrying(stage_task, ref), self.store), ref, args)
 
-    def _retrying(self, stage_task: Task[Any, Any]) -> Task[Any, Any]:
+    def _retrying(self, stage_task: Task[Any, Any], ref: StageRef) -> Task[Any, Any]:
         return stage_task.with_options(
+            name=ref.stage,
             retries=self.spec.launch.retries,
             retry_delay_seconds=retry_delays(self.spec) or 0,
             retry_condition_fn=passing,

@@ -1,7 +1,6 @@
 """The flow from rows to an uploaded adapter: terminated, resumed, and then cached throughout."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from flows import tasks
 from flows.finetune import finetune
 from flows.progress import Event, EventState, listen
 from flows.training import CancelRequested
+from tests.processes import start_flow
 from tests.tiny import make_model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -50,14 +50,6 @@ def spec(tmp_path: Path) -> RunSpec:
     return RunSpec.model_validate(values)
 
 
-def start(spec: RunSpec, api: str) -> "subprocess.Popen[bytes]":
-    code = "import sys; from ditty.spec import RunSpec; from flows.finetune import finetune; "
-    code += "finetune(RunSpec.model_validate_json(sys.argv[1]))"
-    environment = {**os.environ, "PREFECT_API_URL": api, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, spec.model_dump_json()]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-
-
 def states(spec: RunSpec) -> dict[str, EventState]:
     """Run the flow here; the last state of each stage."""
     events: list[Event] = []
@@ -68,7 +60,7 @@ def states(spec: RunSpec) -> dict[str, EventState]:
 
 def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) -> None:
     run = RunDir.named("demo", home)
-    child = start(spec, prefect_api)
+    child = start_flow(spec, home, prefect_api)
     while not any(r["step"] >= 2 for r in run.metrics()):
         assert child.poll() is None, "it ended before it trained"
         time.sleep(0.05)

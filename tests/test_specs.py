@@ -1,13 +1,17 @@
 """The spec: what it refuses and how it says so, and every spec that ships."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ditty.errors import SpecError
 from ditty.functions import resolve
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec, parse_spec
+from tests.tiny import make_model_folder
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [*sorted((ROOT / "deployments/specs").glob("*.yaml")), ROOT / "ditty/demo.yaml"]
@@ -118,3 +122,26 @@ def test_two_mistakes_are_both_told(tmp_path):
     with pytest.raises(SpecError) as error:
         load_spec(write(tmp_path, GOOD), ["train.max_step=1", "data.seqlen=4"])
     assert "max_steps" in str(error.value) and "seq_len" in str(error.value)
+
+
+def readme_block(language: str, containing: str) -> str:
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (found,) = [b for b in blocks if containing in b]
+    return found
+
+
+def test_the_readmes_spec_is_valid():
+    spec = parse_spec(yaml.safe_load(readme_block("yaml", "name: my-run")))
+    assert spec.global_batch_size == 16 and spec.data.supervised == "completion"
+
+
+def test_the_readmes_library_example_runs(tmp_path, monkeypatch):
+    folder = make_model_folder(tmp_path / "model")
+    rows = [{"text": f"a row of text, number {i}, to be learned"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.chdir(tmp_path)
+    code = readme_block("python", "class Mine(Pipeline)")
+    code = code.replace("HuggingFaceTB/SmolLM2-135M", str(folder))
+    code = code.replace("max_steps=100", 'max_steps=2, precision="fp32"')
+    exec(compile(code, "README", "exec"), {"__name__": "readme"})
+    assert (tmp_path / "out/final/adapter_model.safetensors").is_file()

@@ -14,7 +14,7 @@ from ditty.errors import ArtifactDamaged, RunError, RunMismatch
 from ditty.evaluate import HeldOut, held_out_loss
 from ditty.feed import PackedFeed
 from ditty.loss import token_loss_sum
-from ditty.model import add_adapter, load_base, prepare_model, trainable
+from ditty.model import add_adapter, load_base, prepare_model, save_trained, trainable
 from ditty.optim import learning_rate
 from ditty.rundir import RunDir
 from ditty.sampler import BatchSplit, SampleOrder
@@ -281,6 +281,38 @@ def test_held_out_loss_and_gradient_checkpointing(folder):
         token_loss_sum(module, base, batch).backward()
         gradients.append([p.grad for p in trainable(module).values()])
     assert all(g is not None and torch.equal(g, h) for g, h in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_bf16_follows_fp32_and_keeps_fp32_weights(folder, tmp_path, adapter):
+    runs = {}
+    for precision in ("fp32", "bf16"):
+        train = settings(precision=precision)
+        spec = ModelSpec(base_model=str(folder), adapter=adapter)
+        base = load_base(folder, spec, train.precision, CPU)
+        module = prepare_model(base, spec, seed=0, gradient_checkpointing=False)
+        trainer, _, metrics = run_trainer(folder, tmp_path, train, name=precision, module=module)
+        assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
+        runs[precision] = [m["loss"] for m in metrics]
+    assert runs["bf16"] == pytest.approx(runs["fp32"], rel=0.02)
+    assert runs["bf16"] != runs["fp32"], "nothing was computed in bf16"
+
+
+def test_peft_loads_the_saved_adapter_and_computes_the_same(folder, tmp_path):
+    from peft import PeftModel
+
+    trainer, _, _ = run_trainer(folder, tmp_path, adapter="lora")
+    save_trained(trainer.module, "org/base", tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = base(ids).logits.clone()
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        after = loaded(ids).logits
+        with attention.generating(trainer.model):
+            ours = trainer.module.eval()(input_ids=ids).logits
+    assert torch.allclose(after, ours, atol=1e-6) and not torch.allclose(after, before, atol=1e-3)
+    assert loaded.peft_config["default"].base_model_name_or_path == "org/base"
 
 
 def test_generation_uses_a_cache_and_puts_packed_attention_back(folder):
