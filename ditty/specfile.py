@@ -107,8 +107,8 @@ def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = list(_model_at(error["loc"][:-1]).model_fields)
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+        close = _nearest(str(error["loc"][-1]), known)
+        hint = f"did you mean {close}?" if close else f"expected one of {', '.join(known)}"
         return f"unknown key {key}: {hint}"
     if error["type"] == "missing":
         return f"missing key {key}"
@@ -121,10 +121,17 @@ def _explain(error: Any) -> str:
     return f"{key}: {message}, got {got!r}"
 
 
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name that was probably meant: spelled alike, or abbreviated to its initials."""
+    initials = {"".join(word[0] for word in k.split("_")): k for k in known}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return close[0] if close else initials.get(name)
+
+
 def _enum_hint(got: Any, expected: str) -> str:
     names = [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
-    close = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
-    hint = f" (did you mean {close[0]}?)" if close else ""
+    close = _nearest(str(got), names)
+    hint = f" (did you mean {close}?)" if close else ""
     return f"got {got!r}, expected {expected}{hint}"
 
 

@@ -41,6 +41,7 @@ GOOD = "name: x\ndata: {source: rows.jsonl}\nmodel: {base_model: org/name}\n"
     "override, message",
     [
         ("train.learnin_rate=1", "unknown key train.learnin_rate: did you mean learning_rate?"),
+        ("train.lr=1", "unknown key train.lr: did you mean learning_rate?"),
         ("trian.max_steps=1", "unknown key trian: did you mean train?"),
         (
             "train.schedule=cosin",
