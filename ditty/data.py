@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -18,6 +19,7 @@ from ditty import functions, tables
 from ditty.artifacts import Store
 from ditty.batches import IGNORED
 from ditty.errors import DataError
+from ditty.feed import row_lengths
 from ditty.files import canonical_json, locked, sha256_bytes, sha256_file
 from ditty.sampler import SampleOrder
 from ditty.spec import Sampling
@@ -146,12 +148,10 @@ class Data:
             collate_fn=self.collator or self.pad,
         )
 
-    def _lengths(self) -> Any:
-        import numpy as np
-
+    def _lengths(self) -> np.ndarray:
         if self.length_column:
             return np.asarray(self.rows[self.length_column])
-        return np.array([len(ids) for ids in self.rows["input_ids"]])
+        return row_lengths(self.rows)
 
     def pad(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The default collator: [B, T] int64, T the longest row; labels of padding are ignored.

@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from ditty import Data, Pipeline
 from ditty.errors import DataError, SpecError
+from ditty.feed import packed_feed, row_lengths
 from ditty.rundir import RunDir
-from tests.tiny import make_model_folder, make_tokenizer
+from ditty.spec import TrainSpec
+from ditty.world import World
+from tests.tiny import make_model_folder, make_tokenizer, random_rows
 
 
 def longer_than(row, at_least):
@@ -89,6 +92,18 @@ def test_length_grouping_puts_similar_rows_together_and_loses_none():
         assert sum(len(s) for s in sizes) == 30
         spread[grouped] = sum(max(s) - min(s) for s in sizes)
     assert spread[True] < spread[False] / 2
+
+
+def test_packed_rows_are_grouped_by_length_across_processes(tmp_path):
+    rows = Dataset.from_list(random_rows(40))
+    assert row_lengths(rows).tolist() == [len(r) for r in rows["input_ids"]]
+    assert row_lengths(rows.select([3, 1])).tolist() == [len(rows[i]["input_ids"]) for i in (3, 1)]
+    train = TrainSpec(micro_batch_size=2, gradient_accumulation_steps=1, sampling="length_grouped")
+    worlds = [World(rank, rank, 2, torch.device("cpu")) for rank in range(2)]
+    feeds = [packed_feed(rows, train, world).steps(0) for world in worlds]
+    tokens = [[next(f)[0]["input_ids"].numel() for f in feeds] for _ in range(10)]
+    assert sum(map(sum, tokens)) == sum(row_lengths(rows))
+    assert tokens == sorted(tokens, reverse=True), "the longest rows do not come first"
 
 
 def test_epochs_differ_and_come_back():
