@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -41,10 +41,22 @@ def main() -> None:
     try:
         app()
     except DittyError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error[/] {escape(str(error))}")
-        sys.exit(1)
+        _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        httpx = sys.modules.get("httpx")  # below Prefect, and imported only with it
+        if httpx is None or not isinstance(error, httpx.TransportError):
+            raise
+        _fail(
+            f"Prefect's server stopped answering ({type(error).__name__}: {error}). What was made "
+            "is in the store: run the same command again, with PREFECT_API_URL set or unset"
+        )
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True, highlight=False).print(f"[bold red]error[/] {escape(message)}")
+    sys.exit(1)
 
 
 @app.command()

@@ -210,6 +210,20 @@ def ditty(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def test_a_prefect_server_that_goes_away_is_no_traceback(monkeypatch, capsys):
+    import httpx
+
+    from flows import cli
+
+    def gone() -> None:
+        raise httpx.ConnectError("All connection attempts failed")
+
+    monkeypatch.setattr(cli, "app", gone)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1 and "run the same command again" in capsys.readouterr().err
+
+
 def test_the_command_prints_errors_without_a_traceback(tmp_path):
     spec = make_spec(tmp_path)
     import yaml
