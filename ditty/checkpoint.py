@@ -12,12 +12,10 @@ The schedule and the position in the data are functions of the step, so they nee
 
 import json
 import logging
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +31,7 @@ from ditty.errors import ArtifactDamaged, RunMismatch, StoreError
 from ditty.files import fsync_path, read_json, sha256_bytes, write_json
 from ditty.identity import check_identity
 from ditty.model import trainable
+from ditty.rng import rng_state, seed_all, set_rng_state
 from ditty.rundir import RunDir
 from ditty.world import World
 
@@ -243,42 +242,3 @@ def load_optimizer(
             raise RunMismatch(f"{path} has no optimizer state for {name}")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def seed_all(seed: int) -> None:
-    """Seed the generators that models and data code may draw from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def rng_state() -> dict[str, torch.Tensor]:
-    """All generators of this process as tensors."""
-    version, words, gauss = random.getstate()
-    assert version == 3, "Python's generator state has changed its layout"
-    legacy: Any = np.random.get_state(legacy=True)
-    name, keys, position, has_gauss, cached = legacy
-    assert name == "MT19937", name
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([np.nan if gauss is None else gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
-        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put `rng_state` back."""
-    torch.set_rng_state(state["torch"])
-    gauss = float(state["python_gauss"])
-    random.setstate((3, tuple(state["python"].tolist()), None if np.isnan(gauss) else gauss))
-    position, has_gauss = (int(v) for v in state["numpy_position"])
-    keys = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, float(state["numpy_gauss"])))
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])

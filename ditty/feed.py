@@ -1,7 +1,8 @@
 """What the trainer eats: for each step, this rank's micro batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +10,8 @@ from torch.utils.data import DataLoader
 
 from ditty.batches import Batch, collate, flatten
 from ditty.errors import DataError
+from ditty.files import sha256_bytes
+from ditty.rng import RngStream
 from ditty.sampler import BatchSplit, SampleOrder
 from ditty.spec import Sampling, TrainSpec
 from ditty.world import World
@@ -70,9 +73,9 @@ class LoaderFeed:
     """Any DataLoader: its batches in turn, pass after pass, dealt to the processes.
 
     Batch (s*A + a)*W + r of the endless sequence is micro batch a of step s on rank r. A resume
-    reads and drops the batches before it, so the loader must give the same order each time: it
-    does when it is seeded by the epoch, or does not shuffle. `loader.batch_sampler` may have
-    `set_epoch(int)`, as ditty's own has.
+    reads and drops the batches before it. Each pass draws from generators of its own, seeded by
+    the epoch (RngStream), so that a shuffling loader gives the same order again, and dropout does
+    not notice. `loader.batch_sampler` may have `set_epoch(int)`, as ditty's own has.
     """
 
     def __init__(self, loader: DataLoader[Any], accumulation: int, world: World):
@@ -86,13 +89,14 @@ class LoaderFeed:
         return train.max_steps or int(np.ceil(train.epochs * len(self.loader) / a_step))
 
     def _batches(self) -> Iterator[Mapping[str, Any]]:
-        epoch = 0
-        while True:
+        for epoch in count():
             for sampler in (self.loader.batch_sampler, self.loader.sampler):
                 if hasattr(sampler, "set_epoch"):
                     sampler.set_epoch(epoch)
-            yield from self.loader
-            epoch += 1
+            stream = RngStream(int(sha256_bytes(f"ditty loader {epoch}".encode())[:8], 16))
+            batches: Iterator[Any] = stream.run(partial(iter, self.loader))
+            while (batch := stream.run(partial(next, batches, None))) is not None:
+                yield batch
 
     def steps(self, start: int) -> Iterator[list[Batch]]:
         """See `Feed`."""

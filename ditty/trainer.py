@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ditty.batches import Batch, supervised_tokens, to_device
-from ditty.checkpoint import Checkpointer, seed_all
+from ditty.checkpoint import Checkpointer
 from ditty.errors import RunError
 from ditty.evaluate import HeldOut, autocast, complete, held_out_loss
 from ditty.feed import Feed
@@ -23,6 +23,7 @@ from ditty.heartbeat import Heartbeat
 from ditty.loss import token_loss_sum
 from ditty.model import trainable
 from ditty.optim import learning_rate, make_optimizer
+from ditty.rng import seed_all
 from ditty.rundir import RunDir, append_record
 from ditty.spec import TrainSpec
 from ditty.world import World, single

@@ -3,16 +3,18 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from ditty import attention
 from ditty.batches import collate
 from ditty.errors import ArtifactDamaged, RunError, RunMismatch
 from ditty.evaluate import HeldOut, held_out_loss
-from ditty.feed import PackedFeed
+from ditty.feed import LoaderFeed, PackedFeed
 from ditty.loss import token_loss_sum
 from ditty.model import add_adapter, load_base, prepare_model, save_trained, trainable
 from ditty.optim import learning_rate
@@ -194,6 +196,36 @@ def test_resume_is_bitwise_twice_and_across_an_epoch(folder, tmp_path, adapter):
     assert all(torch.equal(expected[n], got[n]) for n in expected)
 
 
+def test_a_shuffling_loader_resumes_bitwise_with_dropout_on(folder, tmp_path):
+    """torch's own DataLoader draws from the global generator, at each pass and in its sampler."""
+    import random
+
+    def noisy(rows):
+        random.random()
+        np.random.rand()
+        torch.rand(3)
+        return collate(rows)
+
+    def train_for(name, stop=None):
+        loader = DataLoader(random_rows(12), batch_size=2, shuffle=True, collate_fn=noisy)
+        run = RunDir(tmp_path / name)
+        run.root.mkdir(exist_ok=True)
+        run.stop_file.unlink(missing_ok=True)
+        train = settings(gradient_accumulation_steps=2)
+        module = build(folder, adapter="lora", lora_dropout=0.3)
+        if stop:
+            StopAt(stop).attach(module, run, train)
+        trainer = Trainer(module, LoaderFeed(loader, 2, single()), train, Place(run))
+        return trainer, trainer.fit()
+
+    whole, _ = train_for("whole")
+    assert train_for("parts", stop=4)[1].step == 4
+    part, outcome = train_for("parts")
+    assert outcome.finished
+    expected, got = weights(whole), weights(part)
+    assert all(torch.equal(expected[n], got[n]) for n in expected)
+
+
 class StopAt:
     """Asks the run to stop during the forward passes of a step, as the flow would."""
 
@@ -328,8 +360,6 @@ def test_generation_uses_a_cache_and_puts_packed_attention_back(folder):
 
 
 def test_order_is_a_permutation_and_seekable():
-    import numpy as np
-
     lengths = np.array([(i * 7) % 13 + 1 for i in range(37)])
     for sampling in Sampling:
         order = SampleOrder(37, 4, sampling, seed=3, lengths=lengths)
