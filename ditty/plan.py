@@ -7,7 +7,7 @@ from typing import Any
 from ditty import basemodel, preflight, stages
 from ditty.artifacts import Manifest, Store
 from ditty.environment import resolve_device
-from ditty.remote import Remote
+from ditty.remote import Remote, final_name
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 
@@ -62,7 +62,9 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
     planned: list[PlannedStage] = []
     manifests: dict[str, Manifest] = {}
     for ref in line.refs:
-        manifest = _done(ref, spec, store)
+        # Before there is a result, the target need not even exist: a run creates its folder.
+        waits = ref.stage == "upload" and "train" not in manifests
+        manifest = None if waits else _done(ref, spec, store)
         if manifest:
             manifests[ref.stage] = manifest
         planned.append(_planned(ref, manifest, planned, spec, store))
@@ -80,8 +82,7 @@ def _done(ref: stages.StageRef, spec: RunSpec, store: Store) -> Manifest | None:
         return None
     if ref.stage == "upload":
         assert spec.upload.url
-        name = f"{spec.name}/final/{ref.inputs['train']}"
-        return Remote(spec.upload.url).manifest(name) if ref.inputs["train"] else None
+        return Remote(spec.upload.url).manifest(final_name(spec.name, ref.inputs["train"]))
     if ref.stage == "fetch":
         return _fetched(ref, spec, store)
     return store.find(ref.stage, ref.key)

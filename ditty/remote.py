@@ -32,6 +32,11 @@ _NAME = re.compile(rf"{_PART}(/{_PART})*")
 _S3_URL = re.compile(rf"s3://([a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9])(?:/({_NAME.pattern}))?/?")
 
 
+def final_name(run_name: str, key: str) -> str:
+    """Where the result of the training `key` stands below a target's url."""
+    return f"{run_name}/final/{key}"
+
+
 class Remote:
     """Where a run's committed directories are copied.
 

@@ -13,7 +13,7 @@ from typing import Any
 from ditty.artifacts import Store
 from ditty.errors import ArtifactDamaged, DittyError
 from ditty.identity import check_identity
-from ditty.remote import Remote
+from ditty.remote import Remote, final_name
 from ditty.rundir import STEP_NAME, RunDir, step_name
 
 POLL_SECONDS = 2.0
@@ -26,11 +26,6 @@ Logger = logging.Logger | logging.LoggerAdapter[Any]
 def remote_name(run_name: str, step: int) -> str:
     """Where the checkpoint of `step` stands below the target's url."""
     return f"{run_name}/checkpoints/{step_name(step)}"
-
-
-def final_name(run_name: str, key: str) -> str:
-    """Where the result of the training `key` stands below the target's url."""
-    return f"{run_name}/final/{key}"
 
 
 def remote_steps(remote: Remote, run_name: str) -> list[int]:

@@ -9,11 +9,10 @@ from prefect.logging import get_run_logger
 from ditty import basemodel, launch, stages
 from ditty.artifacts import MANIFEST, Store, read_manifest
 from ditty.files import write_json
-from ditty.remote import Remote
+from ditty.remote import Remote, final_name
 from ditty.spec import RunSpec
 from ditty.stages import StageLine, StageRef
 from flows.caching import Reference, cached, reference
-from flows.mirror import final_name
 from flows.progress import Event, EventState, emit
 from flows.training import Work, passing, retry_delays, run_attempt
 

@@ -80,6 +80,13 @@ def test_a_good_spec_passes_and_its_plan_turns_cached(tmp_path, no_process):
     assert "after tokenize" in changed.stages[2].why
 
 
+def test_a_plan_needs_no_target_before_there_is_a_result(tmp_path, no_process):
+    spec = make_spec(tmp_path, upload={"url": f"file://{tmp_path}/not/yet"})
+    planned = make_plan(spec, Store()).stages[-1]
+    assert (planned.stage, planned.state) == ("upload", "will run")
+    assert not (tmp_path / "not").exists(), "a plan creates nothing"
+
+
 TEXT = {"data__format": "text"}
 PAIRS = {"data__format": "prompt_completion"}
 
