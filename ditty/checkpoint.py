@@ -2,35 +2,36 @@
 
 A checkpoint is a committed directory (artifacts.py) below the run's `checkpoints`:
 
-    trainable.safetensors   trained weights by parameter name
-    optimizer.safetensors   "<state>/<parameter name>", e.g. "exp_avg/..."
-    rng_00000.safetensors   one a rank: torch, CUDA, numpy and Python generators
-    state.json              step, world size, identity
+    shard_00000.safetensors   one a process: its parts of the trained weights and of the optimizer
+    rng_00000.safetensors     one a process: torch, CUDA, numpy and Python generators
+    state.json                step, world size, and the trainer's own state
 
-The schedule and the position in the data are functions of the step, so they need no state.
+Parts are ranges of flattened tensors (pieces.py), so that any number of processes under any
+sharding reads what any other wrote. The schedule and the position in the data are functions of the
+step, so they need no state.
+
+PyTorch's distributed checkpoint does the same for tensors that it has cut itself. It describes them
+in a pickle, which must not be read from a bucket that others can write to, and has no place for
+DeepSpeed's ranges.
 """
 
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ditty.artifacts import (
-    MANIFEST,
-    commit,
-    read_manifest,
-    set_aside,
-    staging_dir,
-    verify,
-)
+from ditty.artifacts import MANIFEST, commit, read_manifest, set_aside, staging_dir, verify
 from ditty.errors import ArtifactDamaged, RunMismatch, StoreError
 from ditty.files import fsync_path, read_json, sha256_bytes, write_json
 from ditty.identity import check_identity
-from ditty.model import trainable
+from ditty.parallel import Parallel, Part
+from ditty.pieces import Pieces, piece_name, write_pieces
 from ditty.rng import rng_state, seed_all, set_rng_state
 from ditty.rundir import RunDir
 from ditty.world import World
@@ -39,70 +40,113 @@ log = logging.getLogger(__name__)
 
 HEADROOM = 1.2  # free space needed before a save, in sizes of the last checkpoint
 
+State = dict[str, Any]
+
 
 class Checkpointer:
     """Saves and restores one training.
 
+    A save copies the state and returns; a thread writes it, talking to the other processes in a
+    group of its own. Two saves are never on their way at once.
+
     Args:
         identity: all that decides the trained weights; a checkpoint under another is refused.
-        keep: committed checkpoints that stay.
+        keep: committed checkpoints that stay, besides the best one.
     """
 
     def __init__(self, run: RunDir, world: World, identity: dict[str, Any], *, keep: int):
         self.run, self.world, self.identity, self.keep = run, world, identity, keep
+        self.aside = world.aside()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
-    def save(self, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Commit the state after `step` steps, or raise on every rank and leave nothing behind.
+    def save(self, step: int, parallel: Parallel, state: State) -> None:
+        """Begin to commit the state after `step` steps; `wait` ends it.
 
+        Args:
+            state: the trainer's own, JSON values; `best_step` names a checkpoint that stays.
         Raises:
-            StoreError: no space, or a rank could not write.
+            StoreError: no space; or the save before this one failed, see `wait`.
         """
-        final = self.run.checkpoint(step)
+        self.wait()
         staging: Path | None = None
         problem = None
         if self.world.main:
             try:
                 self._check_space()
-                staging = staging_dir(final)
+                staging = staging_dir(self.run.checkpoint(step))
             except (OSError, StoreError) as error:
                 problem = str(error)
         staging, problem = self.world.from_main((staging, problem))
-        if problem is None:
-            assert staging is not None
-            problem = self._write(staging, step, module, optimizer)
-        problems = [p for p in self.world.gather(problem) if p]
-        if not problems and self.world.main:
-            try:
-                commit(staging, final, {"step": step, "identity": self.identity})
-            except OSError as error:
-                problems = [str(error)]
-        problems = self.world.from_main(problems)
-        if problems:
-            if self.world.main and staging:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise StoreError(
-                f"the checkpoint of step {step} was not written: {problems[0]}. "
-                "The one before it stays; free space, and run again to resume from it"
-            )
-        if self.world.main:
-            self._retire()
+        if problem is not None:
+            raise self._failed(step, problem)
+        assert staging is not None
+        files = {
+            "shard": shard_tensors(parallel),
+            "rng": {k: v.clone() for k, v in rng_state().items()},
+        }
+        state = {"step": step, "world_size": self.world.world_size, **state}
+        self._thread = threading.Thread(
+            target=self._commit, args=(staging, step, files, state), name="ditty checkpoint"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when no save is on its way.
+
+        Raises:
+            StoreError: the last one failed; on every process, and nothing of it is left.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _failed(self, step: int, problem: str) -> StoreError:
+        return StoreError(
+            f"the checkpoint of step {step} was not written: {problem}. "
+            "The one before it stays; free space, and run again to resume from it"
+        )
+
+    def _commit(
+        self, staging: Path, step: int, files: dict[str, dict[str, torch.Tensor]], state: State
+    ) -> None:
+        """The thread: write this process's part, and let rank 0 commit when all have."""
+        try:
+            problem = self._write(staging, files, state)
+            problems = [p for p in self.aside.gather(problem) if p]
+            if not problems and self.world.main:
+                try:
+                    facts = {"step": step, "identity": self.identity}
+                    commit(staging, self.run.checkpoint(step), facts)
+                except (OSError, StoreError) as error:
+                    problems = [str(error)]
+            problems = self.aside.from_main(problems)
+            if problems:
+                if self.world.main:
+                    shutil.rmtree(staging, ignore_errors=True)
+                raise self._failed(step, problems[0])
+            if self.world.main:
+                self._retire()
+        except BaseException as error:
+            self._error = error
 
     def _write(
-        self, staging: Path, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+        self, staging: Path, files: dict[str, dict[str, torch.Tensor]], state: State
     ) -> str | None:
-        """This rank's part; returns what went wrong."""
+        """This process's files; returns what went wrong."""
+        number = f"{self.world.rank:05d}.safetensors"
         try:
-            save_file(rng_state(), staging / f"rng_{self.world.rank:05d}.safetensors")
+            write_pieces(staging / f"shard_{number}", files["shard"])
+            save_file(files["rng"], staging / f"rng_{number}")
+            for name in (f"shard_{number}", f"rng_{number}"):
+                if (staging / name).exists():
+                    fsync_path(staging / name)
             if self.world.main:
-                parameters = trainable(module)
-                weights = {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
-                save_file(weights, staging / "trainable.safetensors")
-                save_file(
-                    optimizer_tensors(parameters, optimizer), staging / "optimizer.safetensors"
-                )
-                state = {"step": step, "world_size": self.world.world_size}
                 write_json(staging / "state.json", state)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter where the disk is full
             return f"rank {self.world.rank}: {error}"
         return None
 
@@ -111,32 +155,41 @@ class Checkpointer:
         if not steps:
             return
         last = self.run.checkpoint(steps[-1])
-        size = sum(p.stat().st_size for p in last.iterdir())
-        free = shutil.disk_usage(last).free
-        if free < HEADROOM * size:
-            raise StoreError(
-                f"{self.run.checkpoints} has {free} bytes free, "
-                f"a checkpoint needs about {int(HEADROOM * size)}"
-            )
+        needed = HEADROOM * sum(size for size, _ in read_manifest(last).files.values())
+        free = shutil.disk_usage(self.run.checkpoints).free
+        if free < needed:
+            raise StoreError(f"{free} bytes are free, and a checkpoint needs about {needed:.0f}")
 
     def _retire(self) -> None:
-        """Remove all but the newest `keep` checkpoints, the manifest first."""
-        for step in self.run.committed_steps()[: -self.keep]:
-            path = self.run.checkpoint(step)
-            (path / MANIFEST).unlink()
-            fsync_path(path)
-            shutil.rmtree(path)
+        """Remove the oldest checkpoints beyond `keep`, their manifests first.
+
+        Each that stays keeps the best one it knows of: a run may have to go back to it.
+        """
+        steps = self.run.committed_steps()
+        try:
+            best = {self._best_of(step) for step in steps[-self.keep :]}
+            for step in steps[: -self.keep]:
+                if step not in best:
+                    path = self.run.checkpoint(step)
+                    (path / MANIFEST).unlink()
+                    fsync_path(path)
+                    shutil.rmtree(path, ignore_errors=True)
+        except (OSError, ValueError) as error:
+            log.warning("old checkpoints in %s stay: %s", self.run.checkpoints, error)
+
+    def _best_of(self, step: int) -> int | None:
+        found: int | None = (read_json(self.run.checkpoint(step) / "state.json") or {}).get(
+            "best_step"
+        )
+        return found
 
     def clear_staging(self) -> None:
-        """Remove what a killed process left half-made; the caller holds the run's lock."""
-        if self.run.checkpoints.is_dir():
-            for path in self.run.checkpoints.iterdir():
-                half_made = path.name.startswith(".tmp-") or not (path / MANIFEST).exists()
-                if half_made and not path.name.startswith(".bad-"):
-                    shutil.rmtree(path, ignore_errors=True)
+        """Remove what saves that were cut short have left."""
+        for path in self.run.checkpoints.glob(".tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
-    def restore(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest checkpoint that verifies; returns its step, 0 for a fresh start.
+    def restore(self, parallel: Parallel) -> tuple[int, State]:
+        """Load the newest checkpoint that verifies; (its step, the trainer's state), or (0, {}).
 
         A damaged one is set aside and the one before it tried.
 
@@ -148,18 +201,60 @@ class Checkpointer:
         step, digest, problem = self.world.from_main(found)
         if problem:
             raise ArtifactDamaged(problem)
-        if step == 0:
-            return 0
+        if not digest:
+            return 0, {}
         path = self.run.checkpoint(step)
         facts = read_manifest(path).facts
         check_identity(self.identity, facts["identity"], str(path))
+        if step == 0:  # the start, kept because it may be the best: made anew, the same
+            return 0, {}
         digests = self.world.gather(sha256_bytes((path / MANIFEST).read_bytes()))
         assert set(digests) == {digest}, f"ranks see different checkpoints at {path}: {digests}"
-        parameters = trainable(module)
-        _load_weights(parameters, load_file(path / "trainable.safetensors"), path)
-        load_optimizer(parameters, optimizer, load_file(path / "optimizer.safetensors"), path)
-        self._restore_rng(path, step)
-        return int(step)
+        self._load_weights(step, parallel)
+        pieces = Pieces(path)
+        parallel.load_optimizer_state(optimizer_states(pieces, parallel.parts))
+        state = read_json(path / "state.json")
+        assert state is not None, f"{path} was verified"
+        self._restore_rng(path, state)
+        return int(step), state
+
+    def restore_weights(self, step: int, parallel: Parallel) -> None:
+        """Load the trained weights of a committed checkpoint, and nothing else.
+
+        Raises:
+            ArtifactDamaged: it is not there, or does not verify.
+        """
+        problem = None
+        if self.world.main:
+            try:
+                verify(self.run.checkpoint(step))
+            except ArtifactDamaged as error:
+                problem = str(error)
+        problem = self.world.from_main(problem)
+        if problem:
+            raise ArtifactDamaged(problem)
+        self._load_weights(step, parallel)
+
+    def _load_weights(self, step: int, parallel: Parallel) -> None:
+        path = self.run.checkpoint(step)
+        pieces = Pieces(path)
+        odd = sorted(pieces.names("weight/") ^ {part.name for part in parallel.parts})
+        if odd:
+            raise RunMismatch(f"{path} holds other weights than the model trains, e.g. {odd[0]}")
+        with torch.no_grad():
+            for part in parallel.parts:
+                name, size = f"weight/{part.name}", part.value.numel()
+                whole = torch.Size(part.shape).numel()
+                if pieces.size(name) != whole:
+                    raise RunMismatch(
+                        f"{path} holds {pieces.size(name)} elements of {part.name}, "
+                        f"the model has {whole}"
+                    )
+                if size:
+                    value = pieces.read(name, part.start, part.start + size)
+                    assert value.dtype == part.value.dtype, f"{part.name}: {value.dtype}"
+                    part.value.copy_(value.view(part.value.shape))
+        parallel.weights_changed()
 
     def _newest(self) -> tuple[int, str, str | None]:
         """(step, hash of the manifest, problem)"""
@@ -178,9 +273,7 @@ class Checkpointer:
         )
         return 0, "", problem if steps or any(self.run.checkpoints.glob(".bad-*")) else None
 
-    def _restore_rng(self, path: Path, step: int) -> None:
-        state = read_json(path / "state.json")
-        assert state is not None, f"{path} was verified"
+    def _restore_rng(self, path: Path, state: State) -> None:
         if state["world_size"] == self.world.world_size:
             set_rng_state(load_file(path / f"rng_{self.world.rank:05d}.safetensors"))
             return
@@ -191,54 +284,78 @@ class Checkpointer:
             self.world.world_size,
             state["world_size"],
         )
-        text = f"ditty rng {json.dumps(self.identity, sort_keys=True)} {step} {self.world.rank}"
+        identity = json.dumps(self.identity, sort_keys=True)
+        text = f"ditty rng {identity} {state['step']} {self.world.rank}"
         seed_all(int(sha256_bytes(text.encode())[:8], 16))
 
 
-def _load_weights(
-    parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor], path: Path
-) -> None:
-    if set(tensors) != set(parameters):
-        odd = sorted(set(tensors) ^ set(parameters))
-        raise RunMismatch(f"{path} holds other weights than the model trains, e.g. {odd[0]}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            assert tensor.dtype == parameters[name].dtype, f"{name}: {tensor.dtype}"
-            parameters[name].copy_(tensor)
+def shard_tensors(parallel: Parallel) -> dict[str, torch.Tensor]:
+    """This process's parts as flat tensors on the CPU that training no longer touches, by piece
+    name.
 
-
-def optimizer_tensors(
-    parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """The optimizer's state as named tensors: "<state>/<parameter name>"."""
+    `weight/<name>`; of the optimizer `state/<key>/<name>` for a value an element,
+    `scalar/...` and `int/...` for one a parameter, `block/...` for anything else (scales of 8-bit
+    states), which belongs to exactly this part.
+    """
     tensors = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    for part in parallel.parts:
+        if not part.owned or not part.value.numel():
+            continue
+        tensors[piece_name(f"weight/{part.name}", part.start)] = _copy(part.value)
+        for key, value in parallel.optimizer_state(part).items():
+            kind = _kind(value, part)
+            name = piece_name(f"{kind}/{key}/{part.name}", part.start)
+            tensors[name] = _copy(torch.as_tensor(value), flat=kind != "block")
     return tensors
 
 
-def load_optimizer(
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, torch.Tensor],
-    path: Path,
-) -> None:
-    """Put `optimizer_tensors` back.
+def _copy(value: torch.Tensor, *, flat: bool = True) -> torch.Tensor:
+    value = value.detach().reshape(-1) if flat else value.detach().contiguous()
+    return value.clone() if value.device.type == "cpu" else value.cpu()
 
-    Raises:
-        RunMismatch: a parameter has no state in it.
-    """
-    names = {id(p): name for name, p in parameters.items()}
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in enumerate(ordered):
-        name = names[id(parameter)]
-        suffix = f"/{name}"
-        state[index] = {
-            k.removesuffix(suffix): v for k, v in tensors.items() if k.partition("/")[2] == name
-        }
-        if not state[index]:
-            raise RunMismatch(f"{path} has no optimizer state for {name}")
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+def _kind(value: Any, part: Part) -> str:
+    if isinstance(value, int):
+        return "int"
+    if value.ndim == 0:
+        return "scalar"
+    return "state" if value.numel() == part.value.numel() else "block"
+
+
+def optimizer_states(pieces: Pieces, parts: list[Part]) -> list[dict[str, Any]]:
+    """What `shard_tensors` wrote of the optimizer, for each part, however the parts were then."""
+    names: dict[str, list[tuple[str, str]]] = {}
+    for kind in ("state", "scalar", "int", "block"):
+        for name in sorted(pieces.names(f"{kind}/")):
+            names.setdefault(name.partition("/")[2], []).append((kind, name))
+    states = []
+    for part in parts:
+        # None of any weight: in fp16 all steps until then may have been skipped.
+        if names and part.value.numel() and part.name not in names:
+            raise RunMismatch(f"{pieces.folder} has no optimizer state for {part.name}")
+        found = names.get(part.name, []) if part.value.numel() else []
+        states.append({n.partition("/")[0]: _value(pieces, kind, n, part) for kind, n in found})
+    return states
+
+
+def _value(pieces: Pieces, kind: str, name: str, part: Part) -> Any:
+    full = f"{kind}/{name}"
+    if kind == "state":
+        value = pieces.read(full, part.start, part.start + part.value.numel())
+        return value.view(part.value.shape)
+    if kind == "block":
+        return _block(pieces, full, part)
+    value = pieces.first(full)[0]
+    return int(value) if kind == "int" else value
+
+
+def _block(pieces: Pieces, full: str, part: Part) -> torch.Tensor:
+    value = pieces.read_exact(full, part.start)
+    same = pieces.length(f"weight/{part.name}", part.start) == part.value.numel()
+    if value is None or not same:
+        raise RunMismatch(
+            f"{pieces.folder}: the optimizer's 8-bit state of {part.name} was cut for another "
+            "number of processes. Resume with that number and train.sharding, or train again with "
+            "train.optimizer: adamw"
+        )
+    return value

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Sampler
 from ditty import functions, tables
 from ditty.artifacts import Store
 from ditty.batches import IGNORED
+from ditty.choices import Sampling
 from ditty.errors import DataError
 from ditty.feed import row_lengths
 from ditty.files import canonical_json, locked, sha256_bytes, sha256_file
 from ditty.sampler import SampleOrder
-from ditty.spec import Sampling
 
 if TYPE_CHECKING:
     import datasets

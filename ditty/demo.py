@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 
 from ditty.artifacts import Store
+from ditty.choices import Device, Precision
 from ditty.demo_model import smollm2
 from ditty.environment import resolve_device
-from ditty.spec import Device, LaunchSpec, Precision, RunSpec
+from ditty.spec import LaunchSpec, RunSpec
 from ditty.specfile import apply_override, parse_spec
 
 

@@ -8,8 +8,10 @@ import os
 import re
 from pathlib import Path
 
+from ditty.choices import Device
 from ditty.errors import SpecError
-from ditty.spec import Device, LaunchSpec
+from ditty.machines import resolve_machines
+from ditty.spec import LaunchSpec
 
 MARGIN_SECONDS = 5.0  # after the grace, for the SIGKILLs of ditty.guard
 
@@ -68,7 +70,8 @@ def child_environment(launch: LaunchSpec) -> dict[str, str]:
 
     Raises:
         SpecError: `launch.environment` names a variable that is not set, or one that a key of
-            `launch` decides; or the device is not there.
+            `launch` decides; or the device is not there; or there are several machines, and this
+            one does not know its place.
     """
     inherited = {name: value for name, value in os.environ.items() if _is_inherited(name)}
     named = {}
@@ -109,6 +112,10 @@ def _settings(launch: LaunchSpec) -> dict[str, str]:
         # The first is for accelerate, which else makes two runs of one rank of a launch of two; the
         # second for the rest: no CUDA context, and none of a GPU's memory.
         settings |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    if launch.num_machines > 1:
+        resolve_machines(launch)  # whoever asks before the start is to hear what is missing
+        # Ranks on a TCP store of their own: keys of a world that is lost cannot meet the next one.
+        settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     root = Path(__file__).absolute().parent.parent
     if root.name not in ("site-packages", "dist-packages"):
         # A source tree that this process found by other means than PYTHONPATH: the same for it.

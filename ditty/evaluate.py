@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -9,14 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ditty.attention import generating
 from ditty.batches import IGNORED, collate, supervised_tokens, to_device
+from ditty.choices import Precision
 from ditty.loss import token_loss_sum
-from ditty.spec import Precision
 from ditty.world import World
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Arithmetic in bf16 where the precision says so; nothing in fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is Precision.BF16)
+    """Arithmetic in bf16 or fp16 where the precision says so; nothing in fp32."""
+    half = torch.float16 if precision is Precision.FP16 else torch.bfloat16
+    return torch.autocast(device.type, dtype=half, enabled=precision is not Precision.FP32)
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,32 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out_loss(
+    forward: torch.nn.Module,
     model: PreTrainedModel,
     rows: Sequence[Mapping[str, Any]],
     precision: Precision,
     world: World,
 ) -> tuple[float, int]:
-    """(mean loss in nats a supervised token, supervised tokens) over all rows and processes."""
+    """(mean loss in nats a supervised token, supervised tokens) over all rows and processes.
+
+    Every process makes as many forward passes as the others, since those gather weights: one that
+    has no row left takes row 0 again, and does not count it.
+
+    Args:
+        forward: what is called; see Parallel.
+        model: the transformers model inside.
+    """
     training = model.training
     model.eval()
     total, count = 0.0, 0
-    for index in range(world.rank, len(rows), world.world_size):
-        batch = to_device(collate([rows[index]]), world.device)
+    for first in range(0, len(rows), world.world_size):
+        index = first + world.rank
+        batch = to_device(collate([rows[index if index < len(rows) else 0]]), world.device)
         with autocast(world.device, precision):
-            total += float(token_loss_sum(model, model, batch))
-        count += supervised_tokens(batch)
+            loss = float(token_loss_sum(forward, model, batch))
+        if index < len(rows):
+            total += loss
+            count += supervised_tokens(batch)
     model.train(training)
     total, counted = world.sum([total, float(count)])
     return total / max(counted, 1.0), int(counted)
@@ -65,7 +79,7 @@ def complete(
     assert tokenizer is not None, "samples need a tokenizer"
     samples = []
     with generating(model), autocast(device, precision):
-        for row in list(held_out.rows)[: held_out.num_samples]:
+        for row in islice(held_out.rows, held_out.num_samples):
             prompt, reference = first_prompt(row)
             ids = torch.tensor([prompt], device=device)
             out = model.generate(

@@ -9,11 +9,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from ditty.batches import Batch, collate, flatten
+from ditty.choices import Sampling
 from ditty.errors import DataError
 from ditty.files import sha256_bytes
 from ditty.rng import RngStream
 from ditty.sampler import BatchSplit, SampleOrder
-from ditty.spec import Sampling, TrainSpec
+from ditty.spec import TrainSpec
 from ditty.world import World
 
 

@@ -9,6 +9,7 @@ accelerate and torchrun turn each of them into 1.
 import fcntl
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import shutil
@@ -25,11 +26,13 @@ from typing import Any
 import yaml
 
 from ditty import errors
+from ditty.choices import Device
 from ditty.environment import MARGIN_SECONDS, child_environment, resolve_device
 from ditty.errors import DittyError, RunError
 from ditty.files import write_atomic, write_json
+from ditty.machines import resolve_machines
 from ditty.rundir import Result, Status, read_result
-from ditty.spec import Device, LaunchSpec
+from ditty.spec import LaunchSpec
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ CHECK_SECONDS = 1.0
 READ_BYTES = 1 << 20
 RECENT_LINES = 20
 LINE_CHARACTERS = 400  # of each recent line, in an error message
+JOIN_MARGIN_SECONDS = 300.0
 
 
 def run_stage(
@@ -61,7 +65,8 @@ def run_stage(
     Args:
         job: what the worker is to do; JSON values.
         attempt: a fresh directory of the run directory (`RunDir.new_attempt`).
-        distributed: through accelerate, in `launch.num_processes` processes; otherwise in one.
+        distributed: through accelerate, in `launch.num_processes` processes, which form one world
+            with those of the other machines; otherwise in one process, on this machine alone.
         on_line: gets each complete line of output.
         check: called about once a second; may raise to stop the stage.
     Returns:
@@ -77,7 +82,8 @@ def run_stage(
     if distributed:
         argv = accelerate_command(launch, attempt, arguments)
     else:
-        launch = launch.model_copy(update={"num_processes": 1})
+        alone = {"num_processes": 1, "num_machines": 1, "machine_rank": None}
+        launch = launch.model_copy(update=alone)
         argv = [sys.executable, "-m", WORKER_MODULE, *arguments]
     env = child_environment(launch)
     write_json(attempt / "job.json", job)
@@ -261,32 +267,44 @@ def _text(line: bytes) -> str:
 
 
 def accelerate_command(launch: LaunchSpec, attempt: Path, arguments: Sequence[str]) -> list[str]:
-    """The command that starts the worker in `launch.num_processes` processes of one world.
+    """The command that starts this machine's processes of one world of `launch.world_size`.
 
     Writes `attempt/accelerate.yaml`, so that a machine-wide configuration is never read. On CPUs
     only `MULTI_GPU` together with the variable ACCELERATE_USE_CPU (`child_environment`) makes a
-    world: with `--cpu` or `MULTI_CPU` accelerate starts one process and says nothing.
+    world: with `--cpu` or `MULTI_CPU` accelerate starts one process, or one world a machine, and
+    says nothing.
+
+    Several machines meet statically: the c10d rendezvous gives out ranks as machines arrive, and
+    rank 0 has to be on machine 0. Nothing is restarted here: a retry is a new attempt.
 
     Raises:
-        SpecError: see `resolve_device`.
+        SpecError: see `resolve_device` and `resolve_machines`.
     """
-    several = launch.num_processes > 1
+    several = launch.world_size > 1
+    machines = resolve_machines(launch)
     config = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "MULTI_GPU" if several else "NO",
         "use_cpu": resolve_device(launch) == Device.CPU and not several,
-        "num_processes": launch.num_processes,
-        "num_machines": 1,
-        "machine_rank": 0,
+        "num_processes": launch.world_size,
+        "num_machines": launch.num_machines,
+        "machine_rank": machines.rank,
+        "rdzv_backend": "static",
+        "main_process_ip": machines.host,
+        "main_process_port": machines.port,
         "gpu_ids": "all",
-        "main_process_port": 0,  # a free one
         "mixed_precision": "no",  # the worker casts by itself
         "debug": False,
     }
     path = attempt / "accelerate.yaml"
     write_atomic(path, yaml.safe_dump(config, sort_keys=False).encode())
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
-    return [*launcher, "-m", WORKER_MODULE, *arguments]
+    argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    if launch.num_machines > 1:
+        # No key of the file. After a cut link one machine starts again at once, another when its
+        # collectives time out: the first has to wait for it.
+        wait = math.ceil(launch.collective_timeout_seconds + JOIN_MARGIN_SECONDS)
+        argv += ["--rdzv_conf", f"timeout={wait}"]
+    return [*argv, "-m", WORKER_MODULE, *arguments]
 
 
 def _describe(argv: Sequence[str], env: Mapping[str, str], launch: LaunchSpec) -> dict[str, Any]:
@@ -301,6 +319,8 @@ def _describe(argv: Sequence[str], env: Mapping[str, str], launch: LaunchSpec) -
         "argv": list(argv),
         "device": resolve_device(launch),
         "num_processes": launch.num_processes,
+        "num_machines": launch.num_machines,
+        "machine_rank": resolve_machines(launch).rank,
         "threads": int(env["OMP_NUM_THREADS"]),
         "environment": sorted(env),
         "versions": versions,

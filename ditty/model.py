@@ -1,42 +1,73 @@
 """From a folder of weights to a model ready to train: frozen base, adapter, attention."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ditty import attention
+from ditty.choices import Adapter, Attention, Precision
 from ditty.errors import ModelError
-from ditty.spec import Adapter, Attention, ModelSpec, Precision
+from ditty.files import sha256_bytes
+from ditty.spec import ModelSpec
 
-DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.BF16: torch.bfloat16,
+    Precision.FP16: torch.float16,
+}
+
+
+def base_dtype(spec: ModelSpec, precision: Precision) -> torch.dtype:
+    """A frozen base is held in `precision`, a base that is trained in fp32."""
+    return torch.float32 if spec.adapter is Adapter.NONE else DTYPES[precision]
+
+
+def attention_name(spec: ModelSpec) -> str:
+    """What transformers calls the attention of `spec`, which it knows from now on."""
+    attention.register()
+    return attention.NAME if spec.attention is Attention.PACKED else spec.attention.value
 
 
 def load_base(
-    folder: Path, spec: ModelSpec, precision: Precision, device: torch.device
+    folder: Path,
+    spec: ModelSpec,
+    precision: Precision,
+    device: torch.device,
+    *,
+    cpu_offload: bool = False,
 ) -> PreTrainedModel:
-    """Load the base model; a pre-quantized folder is loaded as it is, nothing quantized again.
+    """Load the whole base model; a pre-quantized folder as it is, nothing quantized again.
 
-    A frozen base is held in `precision`; a base that is trained (adapter none) in fp32, its
-    arithmetic under autocast.
+    Args:
+        cpu_offload: int8 layers that do not fit the GPU stay on the host, in fp32.
     """
-    attention.register()
-    implementation = attention.NAME if spec.attention is Attention.PACKED else spec.attention.value
-    dtype = torch.float32 if spec.adapter is Adapter.NONE else DTYPES[precision]
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if cpu_offload:
+        options = {"device_map": "auto", "quantization_config": _offloading_int8()}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
-            attn_implementation=implementation,
-            device_map={"": device},
+            dtype=base_dtype(spec, precision),
+            attn_implementation=attention_name(spec),
             trust_remote_code=spec.trust_remote_code,
             local_files_only=True,
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the model in {folder}: {error}") from error
     model.config.use_cache = False
     keep_4bit_weights(model)
     return model
+
+
+def _offloading_int8() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
 
 
 def keep_4bit_weights(model: torch.nn.Module) -> None:
@@ -49,11 +80,18 @@ def keep_4bit_weights(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def add_adapter(model: PreTrainedModel, spec: ModelSpec, seed: int) -> torch.nn.Module:
-    """Freeze the base and put fp32 LoRA matrices beside its layers; the same for the same seed.
+def add_adapter(
+    model: PreTrainedModel, spec: ModelSpec, seed: int, *, empty: bool = False
+) -> torch.nn.Module:
+    """Freeze the base and put fp32 LoRA or DoRA matrices beside its layers.
 
+    Their start is a function of the seed and each matrix's name (`initial_adapter`), so that it is
+    the same however the model is cut.
+
+    Args:
+        empty: the adapter is left on the meta device, for a model that is there.
     Raises:
-        ModelError: `target_modules` names no layer of this model.
+        ModelError: `target_modules` or `modules_to_save` names no layer of this model.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -63,12 +101,51 @@ def add_adapter(model: PreTrainedModel, spec: ModelSpec, seed: int) -> torch.nn.
         lora_alpha=spec.lora_alpha,
         lora_dropout=spec.lora_dropout,
         target_modules=spec.target_modules,
+        use_rslora=spec.rank_stabilized,
+        use_dora=spec.adapter is Adapter.DORA,
+        modules_to_save=spec.modules_to_save or None,
     )
-    torch.manual_seed(seed)
+    _check_saved_modules(model, spec)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=empty)
     except ValueError as error:
         raise ModelError(f"model.target_modules {spec.target_modules!r}: {error}") from error
+    if not empty:
+        with torch.no_grad():
+            for name, parameter in trainable(adapted).items():
+                start = initial_adapter(name, parameter.shape, seed)
+                if start is not None:
+                    parameter.copy_(start)
+    return adapted
+
+
+def _check_saved_modules(model: PreTrainedModel, spec: ModelSpec) -> None:
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for wanted in spec.modules_to_save:
+        if wanted.rpartition(".")[2] not in names:
+            heads = sorted(n for n in names if not n.isdigit())
+            raise ModelError(
+                f"model.modules_to_save names {wanted}, which this model has not; "
+                f"expected one of {', '.join(heads)}"
+            )
+
+
+def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor | None:
+    """The start of an adapter's matrix, fp32 on the CPU, or None for what starts as the base is.
+
+    LoRA's A: Kaiming uniform, B: zeros, as in arXiv:2106.09685 and peft; for embeddings the
+    reverse, normal and zeros.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(int(sha256_bytes(f"ditty adapter {seed} {name}".encode())[:15], 16))
+    if ".lora_A." in name:
+        value = torch.empty(shape)
+        return torch.nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    if ".lora_embedding_B." in name:
+        return torch.randn(shape, generator=generator)
+    if ".lora_B." in name or ".lora_embedding_A." in name:
+        return torch.zeros(shape)
+    return None
 
 
 def prepare_model(
@@ -77,9 +154,16 @@ def prepare_model(
     """The module to train: with its adapter, or itself; in train mode."""
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = add_adapter(model, spec, seed) if spec.adapter is Adapter.LORA else model
+    trained = model if spec.adapter is Adapter.NONE else add_adapter(model, spec, seed)
     trained.train()
     return trained
+
+
+def base_model(module: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside peft's wrapper, or the module itself."""
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
+    assert isinstance(inner, PreTrainedModel), f"{type(inner)} is no transformers model"
+    return inner
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -89,19 +173,32 @@ def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-def save_trained(module: torch.nn.Module, base_name: str, out: Path) -> None:
+def save_trained(
+    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], base_name: str, out: Path
+) -> None:
     """Write what was trained, in the layout of peft (adapter) or transformers (full model).
 
     Args:
+        module: what was trained; its own weights may be parts, or stale.
+        weights: the whole trained weights by parameter name, on the CPU.
         base_name: what the adapter's config names as its base.
+    Raises:
+        ModelError: a weight is empty or not finite: it would be saved without a word.
     """
     from peft import PeftModel
 
+    for name, value in weights.items():
+        if not value.numel() or not bool(torch.isfinite(value).all()):
+            raise ModelError(f"{name} is {'not finite' if value.numel() else 'empty'}: not saved")
     if isinstance(module, PeftModel):
         for config in module.peft_config.values():
             config.base_model_name_or_path = base_name
-        module.save_pretrained(out, save_embedding_layers=False)
+        module.save_pretrained(out, state_dict=dict(weights), save_embedding_layers=False)
         (out / "README.md").unlink(missing_ok=True)  # peft's empty model card
     else:
-        assert isinstance(module, PreTrainedModel)
-        module.save_pretrained(out)
+        model = base_model(module)
+        state = dict(weights)
+        for tied, root in model.all_tied_weights_keys.items():
+            if root in state:
+                state[tied] = state[root]
+        model.save_pretrained(out, state_dict=state)

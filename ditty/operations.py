@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ditty import functions, tables
+from ditty.choices import OperationMethod
 from ditty.errors import DataError, DittyError
 from ditty.sources import DATA
-from ditty.spec import Operation, OperationMethod
+from ditty.spec import Operation
 
 
 def apply(operation: Operation, source: Path, out: Path, num_proc: int) -> dict[str, Any]:

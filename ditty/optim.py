@@ -1,46 +1,282 @@
-"""AdamW and the learning rate, the latter a pure function of the step."""
+"""The optimizers, and the learning rate as a pure function of the step.
 
+Both are the libraries' own: torch's and bitsandbytes' optimizers, transformers' schedules.
+"""
+
+import inspect
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
-from ditty.spec import Schedule, TrainSpec
+from ditty.choices import Optimizer, Schedule
+from ditty.errors import SpecError
+from ditty.spec import TrainSpec
+
+Group = dict[str, Any]
+Make = Callable[[list[Group]], torch.optim.Optimizer]
+
+BITSANDBYTES = {
+    Optimizer.ADAMW_8BIT: "AdamW8bit",
+    Optimizer.PAGED_ADAMW: "PagedAdamW32bit",
+    Optimizer.PAGED_ADAMW_8BIT: "PagedAdamW8bit",
+    Optimizer.LION: "Lion32bit",
+    Optimizer.LION_8BIT: "Lion8bit",
+    Optimizer.PAGED_LION: "PagedLion32bit",
+    Optimizer.PAGED_LION_8BIT: "PagedLion8bit",
+}
+PAGED = {o for o, name in BITSANDBYTES.items() if name.startswith("Paged")}
+LION = {o for o, name in BITSANDBYTES.items() if "Lion" in name}
+
+# What transformers' causal LMs call their embeddings and heads.
+NO_HIDDEN_MATRIX = re.compile(
+    r"(^|\.)(\w*embed\w*|wte|wpe|shared|(\w+_)?head|proj_out|output_projection)\."
+)
 
 
 def make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], train: TrainSpec
-) -> torch.optim.AdamW:
-    """AdamW with decoupled decay on matrices; vectors (norms, biases) are left alone."""
-    groups = [
-        {
-            "params": [p for p in parameters.values() if p.ndim >= 2],
-            "weight_decay": train.weight_decay,
-        },
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = any(p.is_cuda for p in parameters.values())
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+) -> torch.optim.Optimizer:
+    """The optimizer of `train.optimizer` over `parameters` (name -> tensor of any shape).
+
+    Decay is decoupled and for matrices only; vectors (norms, biases) are left alone. Tensors
+    without elements, as a process gets of a matrix with fewer rows than processes, are left out:
+    they have no entry in `state`. `lr` is a plain float in each of `param_groups`.
+
+    adam_beta1, adam_beta2 and adam_epsilon are AdamW's, the 8-bit and paged ones included. Lion
+    (betas 0.9 and 0.99), Adafactor and Muon (momentum 0.95) keep their libraries' defaults. 8-bit
+    state is kept of tensors of 4,096 elements and more, 32-bit state of smaller ones.
+
+    Raises:
+        SpecError: `train.optimizer` needs a GPU, and the parameters are elsewhere.
+    """
+    present = {name: p for name, p in parameters.items() if p.numel()}
+    on_gpu = all(p.is_cuda for p in present.values())
+    if train.optimizer in PAGED and not on_gpu:
+        devices = ", ".join(sorted({p.device.type for p in present.values()}))
+        raise SpecError(
+            f"train.optimizer: {train.optimizer} pages its state between an NVIDIA GPU and the "
+            f"host: expected trained weights on cuda, got {devices}; "
+            f"use train.optimizer: {train.optimizer.removeprefix('paged_')}, or a GPU"
+        )
+    if train.optimizer is Optimizer.MUON:
+        return _muon(present, train, fused=on_gpu)
+    return _maker(train, fused=on_gpu)(_groups(present.values(), train.weight_decay))
+
+
+def _groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[Group]:
+    """Matrices with decay and vectors without; one empty group where there is nothing."""
+    matrices: Group = {"params": [], "weight_decay": weight_decay}
+    vectors: Group = {"params": [], "weight_decay": 0.0}
+    for parameter in parameters:
+        (matrices if parameter.ndim >= 2 else vectors)["params"].append(parameter)
+    return [group for group in (matrices, vectors) if group["params"]] or [matrices]
+
+
+def _maker(train: TrainSpec, *, fused: bool) -> Make:
+    """What makes the optimizer of `train.optimizer`, or Muon's AdamW, from groups."""
+    kind, rate = train.optimizer, train.learning_rate
+    betas = (train.adam_beta1, train.adam_beta2)
+    if kind is Optimizer.ADAFACTOR:
+        return partial(torch.optim.Adafactor, lr=rate)
+    if kind not in BITSANDBYTES:
+        # On CPUs the plain loop: torch's fused one rounds differently.
+        adamw = partial(torch.optim.AdamW, lr=rate, betas=betas, eps=train.adam_epsilon)
+        return partial(adamw, fused=fused)
+    import bitsandbytes.optim
+
+    made = getattr(bitsandbytes.optim, BITSANDBYTES[kind])
+    if kind in PAGED:
+        made = _keeps_pages(made)
+    if kind in LION:
+        return partial(made, lr=rate)
+    return partial(made, lr=rate, betas=betas, eps=train.adam_epsilon)
+
+
+def _keeps_pages(paged: Any) -> Any:
+    """A class of bitsandbytes whose state is in paged memory after `load_state_dict` too.
+
+    Its own puts loaded state into ordinary GPU memory, so that a run that fits when it starts
+    would not fit when it resumes.
+    """
+
+    class KeepsPages(paged):
+        def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+            super().load_state_dict(state_dict, move_to_device=False)
+            for parameter, state in self.state.items():
+                for key, value in state.items():
+                    if key in ("state1", "state2"):
+                        state[key] = self.get_state_buffer(parameter, dtype=value.dtype)
+                        state[key].copy_(value)
+                    elif isinstance(value, torch.Tensor):
+                        state[key] = value.to(parameter.device)
+
+    KeepsPages.__name__ = KeepsPages.__qualname__ = paged.__name__
+    return KeepsPages
+
+
+def _muon(
+    parameters: Mapping[str, torch.nn.Parameter], train: TrainSpec, *, fused: bool
+) -> torch.optim.Optimizer:
+    """Muon for the hidden layers' matrices, AdamW for embeddings, head and all that is no matrix.
+
+    Muon's learning rate is scaled by 0.2 sqrt(max(rows, columns)) ("match_rms_adamw"), which gives
+    its updates the size of AdamW's, so that one `learning_rate` and `weight_decay` fit both.
+    Source: torch.optim.Muon's documentation; arXiv:2502.16982, section 2.2.
+    """
+    hidden = {n for n, p in parameters.items() if p.ndim == 2 and not NO_HIDDEN_MATRIX.search(n)}
+    adamw = _maker(train, fused=fused)
+    if not hidden:
+        return adamw(_groups(parameters.values(), train.weight_decay))
+    muon = torch.optim.Muon(
+        [parameters[n] for n in parameters if n in hidden],
         lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        fused=fused,
+        weight_decay=train.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
     )
+    rest = [p for n, p in parameters.items() if n not in hidden]
+    return Together(muon, adamw(_groups(rest, train.weight_decay))) if rest else muon
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers of different parameters as one: one `state`, one list of `param_groups`."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts work on this optimizer's own state and groups."""
+        start = 0
+        for part in self.parts:
+            end = start + len(part.param_groups)
+            part.state, part.param_groups = self.state, self.param_groups[start:end]
+            start = end
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by `load_state_dict`, with new objects for state and groups."""
+        super().__setstate__(state)
+        self._share()
+
+    def step(self, closure: Any = None) -> None:
+        """One step of each part."""
+        assert closure is None, "a closure would be evaluated once a part"
+        for part in self.parts:
+            part.step()
 
 
 def learning_rate(step: int, total_steps: int, train: TrainSpec) -> float:
-    """The rate of step `step` (from 0) of `total_steps`.
+    """The rate of step `step` (from 0) of `total_steps`, as transformers' schedule gives it.
 
-    As in transformers' schedules of the same names: warm-up starts at 0, and cosine and linear
-    would reach 0 at step `total_steps`.
+    `constant` is transformers' constant_with_warmup. Where transformers asks for an option that
+    `train.schedule_options` does not give: cosine_with_min_lr and cosine_warmup_with_min_lr end at
+    a tenth of the peak (min_lr_rate 0.1), and warmup_stable_decay decays over the last tenth of
+    the steps, or over what `num_stable_steps` leaves.
+
+    Raises:
+        SpecError: an option that the schedule has not, or of another type. Values out of an
+            option's range are refused by `check_schedule`, which is to be called first.
     """
-    warmup = train.warmup_steps
-    if step < warmup:
-        return train.learning_rate * step / warmup
-    if train.schedule is Schedule.CONSTANT:
-        return train.learning_rate
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    if train.schedule is Schedule.LINEAR:
-        return train.learning_rate * max(0.0, 1.0 - progress)
-    return train.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    options = tuple(sorted(_schedule_options(train).items()))
+    factor = _factor(train.schedule, total_steps, train.warmup_steps, train.learning_rate, options)
+    return float(train.learning_rate * factor(step))
+
+
+def check_schedule(train: TrainSpec) -> None:
+    """Refuse schedule_options that transformers' schedule does not take or cannot work with.
+
+    Needs no model and no data; the steps are `max_steps`, or assumed.
+
+    Raises:
+        SpecError: an option that the schedule has not, of another type, or out of its range.
+    """
+    total = train.max_steps or train.warmup_steps + 1000
+    for step in (0, min(train.warmup_steps, total - 1), total - 1):
+        try:
+            rate = learning_rate(step, total, train)
+        except (ArithmeticError, ValueError) as error:
+            raise _refused(train, f"{error} (step {step} of {total})") from error
+        if not (math.isfinite(rate) and rate >= 0):
+            raise _refused(train, f"the learning rate of step {step} of {total} would be {rate}")
+
+
+def _refused(train: TrainSpec, reason: str) -> SpecError:
+    return SpecError(
+        f"train.schedule_options {train.schedule_options} do not go with schedule: "
+        f"{train.schedule}, learning_rate: {train.learning_rate} and warmup_steps: "
+        f"{train.warmup_steps}: {reason}; expected options of {_signature(train.schedule)} "
+        "that transformers documents; correct or remove them"
+    )
+
+
+def _name(schedule: Schedule) -> str:
+    return "constant_with_warmup" if schedule is Schedule.CONSTANT else schedule.value
+
+
+def _legal_options(schedule: Schedule) -> dict[str, type]:
+    """Option -> str, int or float, from the signature of transformers' function."""
+    ours = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    function = TYPE_TO_SCHEDULER_FUNCTION[_name(schedule)]
+    legal: dict[str, type] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in ours:
+            # Annotations are text there ("int | None"), and missing where a default says as much.
+            annotation = str(parameter.annotation)
+            legal[name] = next((t for t in (str, int) if t.__name__ in annotation), float)
+    return legal
+
+
+def _signature(schedule: Schedule) -> str:
+    legal = _legal_options(schedule)
+    words = {str: "a word", int: "a whole number", float: "a number"}
+    return ", ".join(f"{name} ({words[kind]})" for name, kind in legal.items()) or "none"
+
+
+def _schedule_options(train: TrainSpec) -> dict[str, Any]:
+    """`train.schedule_options` with whole numbers as int.
+
+    Raises:
+        SpecError: an option that the schedule has not, or of another type.
+    """
+    legal = _legal_options(train.schedule)
+    options: dict[str, Any] = {}
+    for name, value in train.schedule_options.items():
+        kind = legal.get(name)
+        numeric = isinstance(value, int | float) and math.isfinite(value)
+        fits = isinstance(value, str) if kind is str else numeric
+        if kind is None or not fits or (kind is int and value != int(value)):
+            raise SpecError(
+                f"train.schedule_options: {name}: {value!r} is no option of schedule: "
+                f"{train.schedule}; expected {_signature(train.schedule)}; "
+                "correct or remove it, or choose another train.schedule"
+            )
+        options[name] = int(value) if kind is int else value
+    return options
+
+
+@lru_cache(maxsize=64)
+def _factor(
+    schedule: Schedule,
+    total_steps: int,
+    warmup_steps: int,
+    peak: float,
+    options: tuple[tuple[str, Any], ...],
+) -> Callable[[int], float]:
+    """Step -> factor of the peak rate: the function inside transformers' scheduler."""
+    chosen = dict(options)
+    if schedule in (Schedule.COSINE_WITH_MIN_LR, Schedule.COSINE_WARMUP_WITH_MIN_LR):
+        if not {"min_lr", "min_lr_rate"} & set(chosen):
+            chosen["min_lr_rate"] = 0.1
+    elif schedule is Schedule.WARMUP_STABLE_DECAY and "num_decay_steps" not in chosen:
+        left = total_steps - warmup_steps
+        stable = chosen.get("num_stable_steps", left - min(left, total_steps // 10))
+        chosen["num_decay_steps"] = max(1, left - stable)
+    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = get_scheduler(_name(schedule), dummy, warmup_steps, total_steps, chosen)
+    (factor,) = scheduler.lr_lambdas
+    return factor

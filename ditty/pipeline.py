@@ -8,13 +8,16 @@ from torch.utils.data import DataLoader
 
 from ditty import basemodel, stages
 from ditty.artifacts import Store, commit_dir
+from ditty.choices import Quantization
 from ditty.environment import resolve_device
 from ditty.errors import ModelError, RunBusy, SpecError
 from ditty.feed import LoaderFeed
 from ditty.files import locked, sha256_bytes
-from ditty.model import load_base, prepare_model, save_trained
+from ditty.load import load_module
+from ditty.model import save_trained
+from ditty.parallel import whole_weights
 from ditty.rundir import RunDir
-from ditty.spec import LaunchSpec, ModelSpec, Quantization, RunSpec, TrainSpec
+from ditty.spec import LaunchSpec, ModelSpec, RunSpec, TrainSpec
 from ditty.specfile import parse_spec
 from ditty.trainer import Outcome, Place, Trainer
 from ditty.world import World, join_world, leave_world
@@ -104,12 +107,13 @@ class Pipeline:
         ref = stages.prequantize_ref(self.spec, basemodel.key(self.base))
         with locked(self.store.lock(ref.stage, ref.key).path):
             if not self.store.find(ref.stage, ref.key):
-                from ditty.quantize import quantize_nf4
+                from ditty.quantize import quantize
 
                 facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
                 with self.store.commit(ref.stage, ref.key, facts) as out:
-                    dtype, trust = stages.base_dtype(self.spec), self.spec.model.trust_remote_code
-                    facts.update(quantize_nf4(source, out, dtype, trust_remote_code=trust))
+                    to, dtype = self.spec.model.quantization, stages.base_dtype(self.spec)
+                    trust = self.spec.model.trust_remote_code
+                    facts.update(quantize(source, out, to, dtype, trust_remote_code=trust))
         return self.store.path(ref.stage, ref.key)
 
     def run(self) -> Outcome:
@@ -120,7 +124,7 @@ class Pipeline:
             RunBusy: another process trains in `output_dir`.
         """
         device = resolve_device(LaunchSpec())
-        world = join_world(device, int(os.environ.get("WORLD_SIZE", "1")))
+        world = join_world(device, self.spec.launch.world_size)
         run = RunDir(self.output_dir)
         run.root.mkdir(parents=True, exist_ok=True)
         lock = run.training_lock()
@@ -135,13 +139,7 @@ class Pipeline:
 
     def _train(self, world: World, run: RunDir) -> Outcome:
         train = self.spec.train
-        base = load_base(self.weights_dir(), self.spec.model, train.precision, world.device)
-        module = prepare_model(
-            base,
-            self.spec.model,
-            seed=train.seed,
-            gradient_checkpointing=train.gradient_checkpointing,
-        )
+        module = load_module(self.weights_dir(), self.spec.model, train, world)
         loader = self.dataset()
         if not isinstance(loader, DataLoader):
             raise ModelError(
@@ -149,15 +147,16 @@ class Pipeline:
                 "expected a torch.utils.data.DataLoader"
             )
         feed = LoaderFeed(loader, train.gradient_accumulation_steps, world)
-        spec = self.spec.model_copy(update={"launch": LaunchSpec(num_processes=world.world_size)})
         rows = sha256_bytes(repr([b["input_ids"].tolist() for b in next(feed.steps(0))]).encode())
         rows = world.from_main(rows)
-        identity = stages.training_identity(spec, basemodel.key(self.base), rows)
-        outcome = Trainer(module, feed, train, Place(run, world, identity)).fit()
+        identity = stages.training_identity(self.spec, basemodel.key(self.base), rows)
+        trainer = Trainer(module, feed, train, Place(run, world, identity))
+        outcome = trainer.fit()
         final = run.root / "final"
+        weights = whole_weights(trainer.parallel, world) if outcome.finished else {}
         if outcome.finished and world.main and not final.exists():
             with commit_dir(final, {"step": outcome.step, "identity": identity}) as out:
-                save_trained(module, self.spec.model.base_model, out)
+                save_trained(module, weights, self.spec.model.base_model, out)
                 self.tokenizer.save_pretrained(out)
         return outcome
 
@@ -169,8 +168,11 @@ def _spec(base_model: str, options: dict[str, Any]) -> RunSpec:
     for name, value in options.items():
         section = model if name in ModelSpec.model_fields else train
         section[name] = value
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     values = {
         "name": "pipeline",
+        "launch": {"num_processes": local, "num_machines": size // local, "machine_rank": 0},
         "data": {"source": "Pipeline.dataset"},
         "model": model,
         "train": train,

@@ -7,6 +7,7 @@ from typing import Any
 from ditty import basemodel, preflight, stages
 from ditty.artifacts import Manifest, Store
 from ditty.environment import resolve_device
+from ditty.legal import Strategy
 from ditty.remote import Remote, final_name
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -34,11 +35,15 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A plan of the whole run; `steps` and `epochs` are None while the rows are not counted."""
+    """A plan of the whole run; `steps` and `epochs` are None while the rows are not counted.
+
+    `strategy` says in one line what is trained, beside what, and held where.
+    """
 
     name: str
     device: str
     num_processes: int
+    strategy: str
     global_batch_size: int
     steps: int | None
     epochs: float | None
@@ -73,8 +78,9 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
     steps = spec.train.max_steps or (math.ceil(spec.train.epochs * rows / batch) if rows else None)
     epochs = steps * batch / rows if rows and steps else None
     device = resolve_device(spec.launch)
-    processes = spec.launch.num_processes
-    return RunPlan(spec.name, device, processes, batch, steps, epochs, tuple(planned))
+    processes = spec.launch.world_size
+    strategy = Strategy.of(spec).describe()
+    return RunPlan(spec.name, device, processes, strategy, batch, steps, epochs, tuple(planned))
 
 
 def _done(ref: stages.StageRef, spec: RunSpec, store: Store) -> Manifest | None:

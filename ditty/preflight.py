@@ -4,12 +4,13 @@ import uuid
 
 from ditty import basemodel, stages
 from ditty.artifacts import Store
+from ditty.choices import Quantization
 from ditty.environment import child_environment
 from ditty.errors import RunMismatch, StoreError
 from ditty.files import make_dir, read_json
 from ditty.remote import Remote
 from ditty.rundir import RunDir
-from ditty.spec import Quantization, RunSpec
+from ditty.spec import RunSpec, TrainSpec
 
 
 def check(spec: RunSpec, store: Store) -> stages.StageLine:
@@ -70,6 +71,8 @@ def check_run(spec: RunSpec, store: Store) -> None:
 def spec_differences(saved: dict, now: dict) -> list[str]:
     """Keys that decide the trained weights and differ between two specs (as JSON)."""
     harmless = {("train", key) for key in stages.HARMLESS_TRAIN_KEYS} | {("data", "num_proc")}
+    if not _evaluation_decides(now):
+        harmless.add(("train", "eval_steps"))
     found = []
     for section in ("data", "model", "train"):
         for key in sorted(now[section].keys() | saved.get(section, {}).keys()):
@@ -88,4 +91,9 @@ def spec_differences(saved: dict, now: dict) -> list[str]:
 def _global_batch(spec: dict) -> int:
     train = spec["train"]
     size: int = train["micro_batch_size"] * train["gradient_accumulation_steps"]
-    return size * int(spec["launch"]["num_processes"])
+    launch = spec["launch"]
+    return size * int(launch["num_processes"]) * int(launch.get("num_machines", 1))
+
+
+def _evaluation_decides(spec: dict) -> bool:
+    return TrainSpec.model_validate(spec["train"]).evaluation_decides

@@ -1,4 +1,4 @@
-"""NF4 quantization of a checkpoint that need not fit in memory: one tensor at a time.
+"""Quantization of a checkpoint that need not fit in memory: one tensor at a time.
 
 The result is what transformers' own quantization gives, bit for bit, in the memory of one tensor
 and one output shard; `from_pretrained` loads it and quantizes nothing.
@@ -7,11 +7,13 @@ On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place in an eval-
 spoils later gradients. That concerns who loads the result (ditty.model.keep_4bit_weights turns it
 off), not the quantization, which runs no layer.
 
-Source: arXiv:2305.14314 (NF4 and double quantization).
+Source: arXiv:2208.07339 (LLM.int8), arXiv:2305.14314 (NF4 and double quantization).
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,82 +21,91 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ditty.choices import Quantization
 from ditty.errors import ModelError, StoreError
 from ditty.files import write_json
 from ditty.modelfolder import INDEX, WEIGHTS, check_folder, tokenizer_files
-from ditty.quantplan import BLOCK, NESTED_BLOCK, Tensor, plan, skeleton
+from ditty.quantplan import Size, Tensor, plan, skeleton
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 512 << 20  # of one output file; a larger tensor gets a file of its own
 CHUNK = 1 << 22  # weights quantized in one call: bitsandbytes needs about 24 bytes for each
+BLOCK = 64  # NF4: weights that share a scale
+NESTED_BLOCK = 256  # NF4: scales that share a scale
+EXTRA_BYTES = 2048  # NF4, of a tensor at most: two code books and its shape and dtype
 SPARE_BYTES = 64 << 20  # of disk, beyond the result
 COPIED = ("generation_config.json", "*.py")
 
 Progress = Callable[[int, int, str], None]
+Parts = dict[str, torch.Tensor]
+Pack = Callable[[torch.Tensor], Parts]
 
 
-def quantize_nf4(
+@dataclass(frozen=True)
+class Format:
+    """How bitsandbytes stores a quantized layer.
+
+    Attributes:
+        settings: what asks transformers for it, by the dtype to compute in.
+        pack: from a weight [out, in] to the layer's entries in a checkpoint, without its name.
+        size: their bytes, exact or slightly too large, by `out` and `in`.
+    """
+
+    settings: Callable[[torch.dtype], "BitsAndBytesConfig"]
+    pack: Pack
+    size: Size
+
+
+def quantize(
     source: Path,
     out: Path,
+    to: Quantization,
     dtype: str,
     *,
-    max_shard_bytes: int = 512 << 20,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Quantize the model in `source` into the existing folder `out`, with double quantization.
+    """Quantize the model in `source` into the existing folder `out`.
 
     The same source gives the same bytes, whatever the number of threads.
 
     Args:
         source: config.json, safetensors, tokenizer.
-        out: gets config.json with a quantization_config, shards and their index, and copies of
-            the tokenizer and generation files.
-        dtype: "float32" or "bfloat16": what weights are cast to first, what those that are not
-            quantized are kept in, and what the quantized layers compute in.
-        max_shard_bytes: of one output file; a larger tensor gets a file of its own.
+        out: gets config.json, shards, their index, and copies of tokenizer and generation files.
+        to: INT8 (LLM.int8, one scale a row) or NF4 (with double quantization).
+        dtype: "float32", "bfloat16" or "float16": what weights are cast to first, what those that
+            are not quantized are kept in, and what NF4 layers compute in.
         progress: called after each tensor with source bytes done, source bytes in all, and name.
         trust_remote_code: build the model from the folder's own code.
     Returns:
         facts: quantized_weights and other_weights (counts), bytes, shards, dtype, ignored (names
         in the checkpoint that transformers does not load either).
     Raises:
-        ModelError: the checkpoint does not fit its config, is quantized already, or has weights
-            where bitsandbytes cannot reach them (fused experts).
+        ModelError: the checkpoint does not fit its config, is quantized already, or fuses experts.
         StoreError: the disk has no room for the result.
     """
     if dtype not in DTYPES:
-        raise ModelError(f"cannot quantize from dtype {dtype!r}, expected {' or '.join(DTYPES)}")
+        raise ModelError(f"cannot quantize from dtype {dtype!r}, expected {', '.join(DTYPES)}")
     check_folder(source, quantize=True)
-    settings = _settings(DTYPES[dtype])
+    settings = FORMATS[to].settings(DTYPES[dtype])
     model = skeleton(source, settings, DTYPES[dtype], trust_remote_code)
-    tensors, ignored = plan(model, source, DTYPES[dtype])
+    tensors, ignored = plan(model, source, DTYPES[dtype], FORMATS[to].size)
     _check_disk(out, sum(tensor.result_bytes for tensor in tensors))
-    shards = _split(tensors, max_shard_bytes)
-    _write(shards, out, progress)
+    shards = _split(tensors)
+    _write(shards, FORMATS[to].pack, out, progress)
     _write_config(model, settings, source, out)
+    return _facts(tensors, out) | {"shards": len(shards), "dtype": dtype, "ignored": ignored}
+
+
+def _facts(tensors: list[Tensor], out: Path) -> dict[str, Any]:
     return {
         "quantized_weights": sum(tensor.count for tensor in tensors if tensor.quantized),
         "other_weights": sum(tensor.count for tensor in tensors if not tensor.quantized),
         "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
-        "shards": len(shards),
-        "dtype": dtype,
-        "ignored": ignored,
     }
-
-
-def _settings(dtype: torch.dtype) -> "BitsAndBytesConfig":
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=torch.uint8,
-    )
 
 
 def _check_disk(out: Path, needed: int) -> None:
@@ -106,20 +117,20 @@ def _check_disk(out: Path, needed: int) -> None:
         )
 
 
-def _split(tensors: list[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
-    """Consecutive tensors of at most `max_shard_bytes` together, or a single larger one."""
+def _split(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Consecutive tensors of at most SHARD_BYTES together, or a single larger one."""
     shards: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:
         if not shards or tensor.result_bytes > room:
             shards.append([])
-            room = max_shard_bytes
+            room = SHARD_BYTES
         shards[-1].append(tensor)
         room -= tensor.result_bytes
     return shards
 
 
-def _write(shards: list[list[Tensor]], out: Path, progress: Progress | None) -> None:
+def _write(shards: list[list[Tensor]], pack: Pack, out: Path, progress: Progress | None) -> None:
     """Write the shards, and an index if there are several."""
     total = sum(tensor.source_bytes for shard in shards for tensor in shard)
     done = size = 0
@@ -127,9 +138,9 @@ def _write(shards: list[list[Tensor]], out: Path, progress: Progress | None) -> 
     for number, shard in enumerate(shards, start=1):
         several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = WEIGHTS if len(shards) == 1 else several
-        content: dict[str, torch.Tensor] = {}
+        content: Parts = {}
         for tensor in shard:
-            content.update(_convert(tensor))
+            content.update(_convert(tensor, pack))
             done += tensor.source_bytes
             if progress is not None:
                 progress(done, total, tensor.name)
@@ -140,7 +151,7 @@ def _write(shards: list[list[Tensor]], out: Path, progress: Progress | None) -> 
         write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _convert(tensor: Tensor) -> dict[str, torch.Tensor]:
+def _convert(tensor: Tensor, pack: Pack) -> Parts:
     """What the output holds in place of one tensor of the source, by name."""
     # Opened for each tensor: the pages of a mapping count as ours for as long as it is open.
     with safe_open(tensor.file, framework="pt") as file:
@@ -149,19 +160,76 @@ def _convert(tensor: Tensor) -> dict[str, torch.Tensor]:
             return {tensor.name: value.clone()}
         if tensor.transposed:
             value = value.T
-        packed, state = _nf4(value.contiguous())
-    return {tensor.name: packed, **{f"{tensor.name}.{key}": part for key, part in state.items()}}
+        layer = tensor.name.removesuffix("weight")
+        return {f"{layer}{entry}": part for entry, part in pack(value.contiguous()).items()}
 
 
-def _nf4(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _write_config(
+    model: "PreTrainedModel", settings: "BitsAndBytesConfig", source: Path, out: Path
+) -> None:
+    """Everything beside the weights, so that `from_pretrained(out)` needs nothing else."""
+    model.config.quantization_config = settings.to_dict()
+    model.config.save_pretrained(out)
+    for path in [*tokenizer_files(source), *_existing(source, COPIED)]:
+        shutil.copyfile(path, out / path.name)
+
+
+def _existing(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from sorted(folder.glob(pattern))
+
+
+def _int8_settings(dtype: torch.dtype) -> "BitsAndBytesConfig":
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True)  # layers compute in the dtype of their input
+
+
+def _int8_size(rows: int, columns: int) -> int:
+    return rows * columns + 4 * rows + 1
+
+
+def _int8(weight: torch.Tensor) -> Parts:
+    """What `bitsandbytes.nn.Int8Params` makes of a weight, in less memory.
+
+    In chunks of whole rows, which do not depend on each other. Rounded to fp16 first, from any
+    dtype, as bitsandbytes does.
+    """
+    import bitsandbytes.functional as bnb
+
+    rows = max(1, CHUNK // weight.shape[1])
+    parts = [bnb.int8_vectorwise_quant(chunk.to(torch.float16)) for chunk in weight.split(rows)]
+    return {
+        "weight": torch.cat([part for part, _, _ in parts]),
+        "SCB": torch.cat([scales for _, scales, _ in parts]),  # fp32 [out], a row's maximum
+        "weight_format": torch.tensor(0, dtype=torch.uint8),  # row by row, the only one there is
+    }
+
+
+def _nf4_settings(dtype: torch.dtype) -> "BitsAndBytesConfig":
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def _nf4_size(rows: int, columns: int) -> int:
+    blocks = math.ceil(rows * columns / BLOCK)
+    nested = 4 * math.ceil(blocks / NESTED_BLOCK)
+    return math.ceil(rows * columns / 2) + blocks + nested + EXTRA_BYTES
+
+
+def _nf4(weight: torch.Tensor) -> Parts:
     """`bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True)` in less memory.
 
     In chunks of whole blocks, which do not depend on each other. The mean of the scales does, on
     the number of threads that add them up (measured: the last bit, from 2.1 million weights on),
     so that one thread does it: then it equals transformers' result in a process of one thread.
-
-    Returns:
-        packed [ceil(numel / 2), 1] uint8, and the state that a checkpoint holds beside it.
     """
     import bitsandbytes.functional as bnb
 
@@ -183,7 +251,8 @@ def _nf4(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         offset=mean,
         state2=nested,
     )
-    return packed, {key: part.clone() for key, part in state.as_dict(packed=True).items()}
+    beside = {f"weight.{key}": part.clone() for key, part in state.as_dict(packed=True).items()}
+    return {"weight": packed, **beside}
 
 
 def _mean_in_one_thread(values: torch.Tensor) -> torch.Tensor:
@@ -195,16 +264,7 @@ def _mean_in_one_thread(values: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(threads)
 
 
-def _write_config(
-    model: "PreTrainedModel", settings: "BitsAndBytesConfig", source: Path, out: Path
-) -> None:
-    """Everything beside the weights, so that `from_pretrained(out)` needs nothing else."""
-    model.config.quantization_config = settings.to_dict()
-    model.config.save_pretrained(out)
-    for path in [*tokenizer_files(source), *_existing(source, COPIED)]:
-        shutil.copyfile(path, out / path.name)
-
-
-def _existing(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    for pattern in patterns:
-        yield from sorted(folder.glob(pattern))
+FORMATS = {
+    Quantization.INT8: Format(_int8_settings, _int8, _int8_size),
+    Quantization.NF4: Format(_nf4_settings, _nf4, _nf4_size),
+}

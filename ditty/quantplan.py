@@ -22,9 +22,7 @@ from ditty.modelfolder import weight_files
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-BLOCK = 64  # weights that share a scale
-NESTED_BLOCK = 256  # scales that share a scale
-EXTRA_BYTES = 2048  # of a quantized tensor, at most: two code books and its shape and dtype
+Size = Callable[[int, int], int]  # bytes of a quantized layer on disk, by its `out` and `in`
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,8 @@ class Tensor:
         target: the model's name for it.
         count: its weights.
         dtype: what it is cast to, before anything else.
-        quantized: NF4, or else a plain copy.
-        transposed: of a layer of GPT-2's kind, which holds [in, out]; NF4 holds [out, in].
+        quantized: or else a plain copy.
+        transposed: of a layer of GPT-2's kind, which holds [in, out]; quantized, [out, in].
         source_bytes, result_bytes: sizes on disk; the latter is exact or slightly too large.
     """
 
@@ -121,7 +119,7 @@ def _refuse_fused(model: "PreTrainedModel", source: Path) -> None:
 
 
 def plan(
-    model: "PreTrainedModel", source: Path, dtype: torch.dtype
+    model: "PreTrainedModel", source: Path, dtype: torch.dtype, size: Size
 ) -> tuple[list[Tensor], list[str]]:
     """Every tensor to be written, ordered by file and name, and the names that are not loaded.
 
@@ -143,7 +141,7 @@ def plan(
             raise ModelError(
                 f"{source}: {tensors[target].name} and {header.name} are the same weight, {target}"
             )
-        tensors[target] = _describe(model, header, target, cast(target))
+        tensors[target] = _describe(model, header, target, cast(target), size)
         shape = list(known[target].shape)
         expected = shape[::-1] if tensors[target].transposed else shape
         if header.shape != expected:
@@ -155,17 +153,19 @@ def plan(
     return list(tensors.values()), ignored
 
 
-def _describe(model: "PreTrainedModel", header: Header, target: str, dtype: torch.dtype) -> Tensor:
+def _describe(
+    model: "PreTrainedModel", header: Header, target: str, dtype: torch.dtype, size: Size
+) -> Tensor:
     from transformers.pytorch_utils import Conv1D
 
     count = math.prod(header.shape)
     quantized = is_quantized(model, target)
     owner: Any = model.get_submodule(target.rpartition(".")[0])
-    if quantized:
-        blocks = math.ceil(count / BLOCK)
-        size = math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + EXTRA_BYTES
-    else:
-        size = count * dtype.itemsize
+    if quantized and not header.name.endswith("weight"):
+        raise ModelError(
+            f"{header.name} in {header.file} is the weight {target} under another name, beside "
+            "which its scales would not be found. Use model.quantization: none"
+        )
     return Tensor(
         file=header.file,
         name=header.name,
@@ -175,7 +175,9 @@ def _describe(model: "PreTrainedModel", header: Header, target: str, dtype: torc
         quantized=quantized,
         transposed=quantized and issubclass(owner.source_cls, Conv1D),
         source_bytes=header.size,
-        result_bytes=size,
+        result_bytes=(
+            size(owner.out_features, owner.in_features) if quantized else count * dtype.itemsize
+        ),
     )
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ditty.choices import Sampling
 from ditty.files import sha256_bytes
-from ditty.spec import Sampling
 
 MEGABATCH = 50  # global batches that are shuffled together before sorting by length
 

@@ -5,96 +5,29 @@ refused here, before a process is started.
 """
 
 import re
-from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ditty import legal
+from ditty.choices import (
+    Adapter,
+    Attention,
+    DataFormat,
+    Device,
+    FinalWeights,
+    LossOn,
+    OperationMethod,
+    Optimizer,
+    Overlong,
+    Precision,
+    Quantization,
+    Sampling,
+    Schedule,
+    Sharding,
+)
+
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-
-
-class OperationMethod(StrEnum):
-    """A row operation: the `datasets.Dataset` method of the same name."""
-
-    FILTER = "filter"
-    MAP = "map"
-
-
-class DataFormat(StrEnum):
-    """The shape of a row after the operations."""
-
-    MESSAGES = "messages"
-    PROMPT_COMPLETION = "prompt_completion"
-    TEXT = "text"
-
-
-class LossOn(StrEnum):
-    """Which tokens are supervised."""
-
-    ASSISTANT = "assistant"
-    COMPLETION = "completion"
-    ALL = "all"
-
-
-class Overlong(StrEnum):
-    """What happens to a row of more than `seq_len` tokens."""
-
-    TRUNCATE = "truncate"
-    DROP = "drop"
-    ERROR = "error"
-
-
-class Adapter(StrEnum):
-    """What is trained: everything, or low-rank matrices beside a frozen base."""
-
-    NONE = "none"
-    LORA = "lora"
-
-
-class Quantization(StrEnum):
-    """How the frozen base is stored."""
-
-    NONE = "none"
-    NF4 = "nf4"
-
-
-class Attention(StrEnum):
-    """`packed`: within documents only. `sdpa`, `eager`: transformers' own, block-diagonal mask."""
-
-    PACKED = "packed"
-    SDPA = "sdpa"
-    EAGER = "eager"
-
-
-class Precision(StrEnum):
-    """Arithmetic of the forward and backward pass; trained weights are kept in fp32 either way."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
-class Schedule(StrEnum):
-    """The learning rate after warm-up."""
-
-    COSINE = "cosine"
-    LINEAR = "linear"
-    CONSTANT = "constant"
-
-
-class Sampling(StrEnum):
-    """The order of rows within an epoch."""
-
-    RANDOM = "random"
-    LENGTH_GROUPED = "length_grouped"
-    SEQUENTIAL = "sequential"
-
-
-class Device(StrEnum):
-    """Where to train. `auto`: a GPU where there is one."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 class Section(BaseModel):
@@ -191,17 +124,22 @@ class ModelSpec(Section):
     revision: str | None = None
     """Commit, branch or tag of a hub model; resolved to a commit."""
     adapter: Adapter = Adapter.LORA
-    """`lora` trains low-rank matrices, `none` all weights."""
+    """`lora` trains low-rank matrices, `dora` also the length of each layer's weight rows
+    (arXiv:2402.09353), `none` all weights."""
     quantization: Quantization = Quantization.NONE
-    """`nf4` stores the frozen base in 4 bits, double-quantized (QLoRA)."""
+    """`nf4` stores the frozen base in 4 bits, double-quantized (QLoRA), `int8` in 8 bits."""
     lora_r: int = Field(default=16, ge=1)
     """Rank of the adapter."""
     lora_alpha: float = Field(default=32, gt=0)
     """The adapter's output is scaled by lora_alpha / lora_r."""
+    rank_stabilized: bool = False
+    """Scale by lora_alpha / sqrt(lora_r) instead (arXiv:2312.03732)."""
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout before the adapter."""
     target_modules: str | list[str] = "all-linear"
     """`all-linear` (all but the head), or the names of layers that get an adapter."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Names of layers that are trained whole beside the adapter, e.g. lm_head, embed_tokens."""
     attention: Attention = Attention.PACKED
     """How attention is kept inside each packed document."""
     trust_remote_code: bool = False
@@ -209,11 +147,6 @@ class ModelSpec(Section):
 
     @model_validator(mode="after")
     def _legal(self) -> "ModelSpec":
-        if self.quantization is not Quantization.NONE and self.adapter is Adapter.NONE:
-            raise ValueError(
-                f"quantization: {self.quantization} freezes the base, and adapter: none trains it; "
-                "use adapter: lora (QLoRA), or quantization: none"
-            )
         pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "")
         if self.trust_remote_code and not pinned:
             raise ValueError(
@@ -234,14 +167,25 @@ class TrainSpec(Section):
     """Rows in one forward pass of one process."""
     gradient_accumulation_steps: int = Field(default=8, ge=1)
     """Forward passes a process adds up before a step."""
+    sharding: Sharding = Sharding.AUTO
+    """How the processes share the memory of weights, gradients and optimizer."""
+    shard_size: int | None = Field(default=None, ge=1)
+    """`hybrid`: processes that share one copy; by default those of a machine."""
+    cpu_offload: bool = False
+    """`fsdp2`, `hybrid`, `zero3`: keep weights and optimizer in host memory between uses. `int8`:
+    layers that do not fit the GPU stay on the host in fp32."""
+    optimizer: Optimizer = Optimizer.ADAMW
+    """What turns gradients into new weights."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     schedule: Schedule = Schedule.COSINE
-    """The learning rate after warm-up; `cosine` and `linear` end at 0."""
+    """The learning rate by step; `cosine` and `linear` end at 0."""
+    schedule_options: dict[str, float | str] = Field(default_factory=dict)
+    """Arguments of transformers' schedule, e.g. {num_cycles: 3} or {min_lr_rate: 0.1}."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled decay; norms and biases are left alone."""
+    """Decoupled decay of matrices; norms and biases are left alone."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's decay of the mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -251,7 +195,8 @@ class TrainSpec(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of a larger L2 norm are scaled down to it."""
     precision: Precision = Precision.BF16
-    """`bf16` on GPUs; `fp32` for exact comparisons and on CPUs without bf16 units."""
+    """`bf16` on GPUs, `fp16` on those before Ampere (with a loss scale that adapts); `fp32` for
+    exact comparisons and on CPUs without bf16 units."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
     sampling: Sampling = Sampling.RANDOM
@@ -261,20 +206,53 @@ class TrainSpec(Section):
     save_steps: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=2)
-    """Checkpoints kept; older ones go after a newer one is committed."""
+    """Checkpoints kept besides the best by held-out loss; older ones go after a newer one is
+    committed."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Steps between held-out evaluations; always one before the first and after the last step."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations in a row without a better held-out loss."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """Early stopping counts a held-out loss as better from this much lower, in nats a token."""
+    final_weights: FinalWeights = FinalWeights.LAST
+    """Which weights are the result; `best`, those of the lowest held-out loss, needs `eval_steps`
+    and saves at each better one."""
     num_samples: int = Field(default=0, ge=0)
     """Held-out prompts that the model completes (greedily) before and after training."""
+    sample_steps: int | None = Field(default=None, ge=1)
+    """Steps between such completions, besides those before and after."""
     sample_max_tokens: int = Field(default=64, ge=1)
     """Tokens of each such completion, at most."""
+
+    @property
+    def evaluation_decides(self) -> bool:
+        """Whether the held-out loss has a say in the trained weights."""
+        return self.early_stopping_patience is not None or self.final_weights is FinalWeights.BEST
+
+    @model_validator(mode="after")
+    def _evaluates(self) -> "TrainSpec":
+        for key in ("early_stopping_patience", "final_weights"):
+            if getattr(self, key) not in (None, FinalWeights.LAST) and self.eval_steps is None:
+                raise ValueError(f"{key} needs evaluations: set eval_steps")
+        return self
 
 
 class LaunchSpec(Section):
     """Processes and how to deal with their end. Nothing here changes the result of a stage."""
 
     num_processes: int = Field(default=1, ge=1)
-    """Training processes on this machine; more than one is data-parallel (DDP)."""
+    """Training processes on each machine; on GPUs one a GPU."""
+    num_machines: int = Field(default=1, ge=1)
+    """Machines that train together; each starts the same spec."""
+    machine_rank: int | None = Field(default=None, ge=0)
+    """Which of them this is, from 0; by default DITTY_MACHINE_RANK or SLURM_NODEID says so."""
+    main_host: str | None = None
+    """Machine 0's name or address as the others reach it; by default DITTY_MAIN_HOST says so."""
+    main_port: int | None = Field(default=None, ge=1, le=65535)
+    """A free port of machine 0; by default DITTY_MAIN_PORT, or 29500."""
+    collective_timeout_seconds: float = Field(default=600.0, gt=0)
+    """A process that waits for another one longer than this gives it up for lost. Raise it where
+    a single save, or loading the model, takes longer."""
     device: Device = Device.AUTO
     """Where to train."""
     threads: int | None = Field(default=None, ge=1)
@@ -287,6 +265,20 @@ class LaunchSpec(Section):
     """Before the first retry; doubles with each."""
     environment: list[str] = Field(default_factory=list)
     """Names of environment variables that the training process gets besides the usual ones."""
+
+    @model_validator(mode="after")
+    def _one_of_the_machines(self) -> "LaunchSpec":
+        if self.machine_rank is not None and self.machine_rank >= self.num_machines:
+            raise ValueError(
+                f"machine_rank is {self.machine_rank} of num_machines: {self.num_machines}; "
+                f"expected 0 to {self.num_machines - 1}"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Training processes on all machines."""
+        return self.num_processes * self.num_machines
 
 
 class UploadSpec(Section):
@@ -331,10 +323,27 @@ class RunSpec(Section):
             )
         return name
 
+    @model_validator(mode="after")
+    def _holds_out(self) -> "RunSpec":
+        if self.train.evaluation_decides and self.data.eval_fraction == 0:
+            raise ValueError(
+                "train.early_stopping_patience and train.final_weights: best go by held-out rows, "
+                "and data.eval_fraction is 0; raise it (0.05 is the default), or remove those keys"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _legal(self) -> "RunSpec":
+        legal.check(legal.Strategy.of(self))
+        return self
+
+    @property
+    def sharding(self) -> Sharding:
+        """`train.sharding` with `auto` resolved."""
+        return legal.Strategy.of(self).sharding
+
     @property
     def global_batch_size(self) -> int:
         """Rows a step over all processes."""
         train = self.train
-        return (
-            train.micro_batch_size * train.gradient_accumulation_steps * self.launch.num_processes
-        )
+        return train.micro_batch_size * train.gradient_accumulation_steps * self.launch.world_size

@@ -11,8 +11,9 @@ from typing import Any
 
 from ditty import basemodel, functions, sources
 from ditty.artifacts import Manifest, Store
+from ditty.choices import Precision, Quantization
 from ditty.files import canonical_json, sha256_bytes
-from ditty.spec import Operation, Precision, Quantization, RunSpec
+from ditty.spec import Operation, RunSpec
 
 VERSIONS = {
     "fetch": 1,
@@ -22,21 +23,25 @@ VERSIONS = {
     "tokenize": 1,
     "pack": 1,
     "prequantize": 1,
-    "train": 1,
+    "train": 2,
     "upload": 1,
 }
 
 DATA_STAGES = ("load", "filter", "map", "tokenize", "pack")
 
 # Keys of `train` that leave the trained weights as they are: a rerun may change them and resume.
-# The three batch keys enter as their product, so that accumulation may be traded for processes.
+# The batch keys enter as their product, so that accumulation may be traded for processes.
+# `eval_steps` counts where evaluations decide: see `training_identity`.
 HARMLESS_TRAIN_KEYS = {
     "micro_batch_size",
     "gradient_accumulation_steps",
     "save_steps",
     "keep_checkpoints",
-    "eval_steps",
+    "sharding",
+    "shard_size",
+    "cpu_offload",
     "num_samples",
+    "sample_steps",
     "sample_max_tokens",
 }
 
@@ -173,12 +178,19 @@ def prequantize_ref(spec: RunSpec, model_key: str) -> StageRef:
 
 def base_dtype(spec: RunSpec) -> str:
     """The torch name of the frozen base's dtype; trained weights are fp32 always."""
-    return {Precision.FP32: "float32", Precision.BF16: "bfloat16"}[spec.train.precision]
+    names = {
+        Precision.FP32: "float32",
+        Precision.BF16: "bfloat16",
+        Precision.FP16: "float16",
+    }
+    return names[spec.train.precision]
 
 
 def training_identity(spec: RunSpec, model_key: str, pack_key: str) -> dict[str, Any]:
     """All that decides the trained weights: a checkpoint resumes only under the same identity."""
     train = spec.train.model_dump(mode="json", exclude=HARMLESS_TRAIN_KEYS)
+    if not spec.train.evaluation_decides:
+        del train["eval_steps"]
     model = spec.model.model_dump(mode="json", exclude={"base_model", "revision", "quantization"})
     return {
         "model": model_key,

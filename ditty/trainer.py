@@ -6,23 +6,23 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from ditty.batches import Batch, supervised_tokens, to_device
 from ditty.checkpoint import Checkpointer
-from ditty.errors import RunError
+from ditty.choices import FinalWeights
+from ditty.errors import RunError, SpecError
 from ditty.evaluate import HeldOut, autocast, complete, held_out_loss
 from ditty.feed import Feed
 from ditty.heartbeat import Heartbeat
 from ditty.loss import token_loss_sum
-from ditty.model import trainable
-from ditty.optim import learning_rate, make_optimizer
+from ditty.optim import learning_rate
+from ditty.parallel import LossScale, gradient_norm, make_parallel, scale_gradients
+from ditty.progress import Progress
 from ditty.rng import seed_all
 from ditty.rundir import RunDir, append_record
 from ditty.spec import TrainSpec
@@ -65,6 +65,8 @@ class Trainer:
         train: the optimization.
         place: run directory, processes, identity.
         held_out: evaluated before the first and after the last step, and every `eval_steps`.
+    Raises:
+        SpecError: the held-out loss is to decide, and no row is held out.
     """
 
     def __init__(
@@ -75,68 +77,111 @@ class Trainer:
         place: Place,
         held_out: HeldOut | None = None,
     ):
-        self.module, self.feed, self.train, self.held_out = module, feed, train, held_out
-        self.model = base_model(module)
+        if train.evaluation_decides and (held_out is None or not len(held_out.rows)):
+            raise SpecError(
+                "train.early_stopping_patience and train.final_weights: best go by the loss of "
+                "held-out rows, and there are none: raise data.eval_fraction (a Trainer of your "
+                "own takes held_out), or remove those keys"
+            )
+        self.feed, self.train, self.held_out = feed, train, held_out
         self.run, self.world = place.run, place.world
         self.beat = place.heartbeat or Heartbeat(None)
         self.total_steps = feed.total_steps(train)
-        self.parameters = trainable(module)
-        self.optimizer = make_optimizer(self.parameters, train)
+        self.parallel = make_parallel(module, train, self.world)
+        self.progress = Progress()
+        self.loss_scale = LossScale.of(train.precision)
         self.checkpointer = Checkpointer(
             place.run, place.world, place.identity, keep=train.keep_checkpoints
-        )
-        self.forward = self._wrap()
-
-    def _wrap(self) -> torch.nn.Module:
-        if self.world.world_size == 1:
-            return self.module
-        digests = self.world.gather(
-            [float(p.detach().double().sum()) for p in self.parameters.values()]
-        )
-        assert digests.count(digests[0]) == len(digests), "ranks start from different weights"
-        ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-        # All ranks have read the same files: broadcasting the frozen base would only cost time.
-        return DistributedDataParallel(
-            self.module, device_ids=ids, init_sync=False, gradient_as_bucket_view=True
         )
 
     def fit(self) -> Outcome:
         """Train to the last step, resuming from the newest checkpoint.
 
         SIGTERM, SIGINT and the run's `stop` file save a checkpoint after the current step and
-        end.
+        end. Where `train.final_weights` is `best`, those are the weights at the end.
 
         Raises:
-            RunError: loss or gradients are not finite; the state before that step stays.
+            RunError: loss or gradients are not finite; the state before that step stays. Or the
+                best weights are wanted, and there are none.
             StoreError, ArtifactDamaged, RunMismatch: see Checkpointer.
         """
         self.beat("restore", 0)
         seed_all(self.train.seed + self.world.rank)
         if self.world.main:
             self.checkpointer.clear_staging()
-        step = saved = self.checkpointer.restore(self.module, self.optimizer)
+        step, state = self.checkpointer.restore(self.parallel)
+        if step:
+            self.progress = Progress(**state["progress"])
+            self.loss_scale = LossScale(**state["loss_scale"])
+            self._find_best()
         log.info("training from step %d to %d", step, self.total_steps)
-        with stop_signal() as signalled:
-            if step == 0:
-                self.evaluate(step)
-            steps = self.feed.steps(step)
-            while step < self.total_steps:
-                self.beat("data", step)
-                micro_batches = next(steps)
-                tokens, stop = self._agree(micro_batches, bool(signalled))
-                if stop:
-                    if saved < step:
-                        self.save(step)
-                    return Outcome(step, finished=False, reason=stop)
-                self._step(step, micro_batches, tokens)
-                step += 1
-                last = step == self.total_steps
-                if last or step % self.train.save_steps == 0:
+        try:
+            with stop_signal() as signalled:
+                outcome = self._run(step, signalled)
+        finally:
+            self.checkpointer.wait()
+        if outcome.finished and self.train.final_weights is FinalWeights.BEST:
+            self._take_best()
+        return outcome
+
+    def _find_best(self) -> None:
+        """Know at the start, and not after the last step, that the best weights are lost."""
+        best = self.progress.best_step
+        if self.train.final_weights is not FinalWeights.BEST or self.progress.best_loss is None:
+            return
+        if not self.world.from_main(best in self.run.committed_steps()):
+            raise RunError(
+                f"the best weights so far are those of step {best}, and {self.run.checkpoint(best)} "
+                "is not there: bring it back from where this run was before, or train with another "
+                "name"
+            )
+
+    def _take_best(self) -> None:
+        if self.progress.best_loss is None:
+            raise RunError(
+                "train.final_weights: best found no step with a finite held-out loss: look at the "
+                "held-out rows, or set final_weights: last (with another name)"
+            )
+        log.info("the result is that of step %d", self.progress.best_step)
+        self.checkpointer.restore_weights(self.progress.best_step, self.parallel)
+
+    def _run(self, step: int, signalled: list[int]) -> Outcome:
+        saved = step
+        if step == 0:
+            self.evaluate(step)
+            if self.train.final_weights is FinalWeights.BEST:
+                self.save(step)
+        steps = self.feed.steps(step)
+        while step < self.total_steps and not self._out_of_patience():
+            self.beat("data", step)
+            micro_batches = next(steps)
+            tokens, stop = self._agree(micro_batches, bool(signalled))
+            if stop:
+                if saved < step:
                     self.save(step)
-                    saved = step
-                if last or (self.train.eval_steps and step % self.train.eval_steps == 0):
-                    self.evaluate(step)
+                return Outcome(step, finished=False, reason=stop)
+            self._step(step, micro_batches, tokens)
+            step += 1
+            better = self._after_step(step)
+            last = step == self.total_steps or self._out_of_patience()
+            if last or better or step % self.train.save_steps == 0:
+                self.save(step)
+                saved = step
         return Outcome(step, finished=True)
+
+    def _after_step(self, step: int) -> bool:
+        """Evaluate where it is time to; returns whether this step's weights must be kept."""
+        every, last = self.train.eval_steps, step == self.total_steps
+        better = False
+        if last or (every and step % every == 0):
+            better = self.evaluate(step)
+        elif self.train.sample_steps and step % self.train.sample_steps == 0:
+            self.sample(step)
+        return better and self.train.final_weights is FinalWeights.BEST
+
+    def _out_of_patience(self) -> bool:
+        patience = self.train.early_stopping_patience
+        return patience is not None and self.progress.evaluations_without_better >= patience
 
     def _agree(self, micro_batches: list[Batch], signalled: bool) -> tuple[int, str]:
         """(supervised tokens of the global batch, why to stop or ""), the same on all ranks."""
@@ -151,39 +196,41 @@ class Trainer:
         self.beat("step", step)
         started = time.perf_counter()
         rate = learning_rate(step, self.total_steps, self.train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        # DDP averages over ranks; what we want is the sum over ranks, divided by all tokens.
-        scale = self.world.world_size / max(tokens, 1)
+        # Gradients are averaged over processes; wanted is their sum, divided by all tokens.
+        scale = self.loss_scale.scale * self.world.world_size / max(tokens, 1)
         loss_sum = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for index, batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with self._gradient_sync(last):
-                batch = to_device(batch, self.world.device)
-                with autocast(self.world.device, self.train.precision):
-                    loss = token_loss_sum(self.forward, self.model, batch)
-                (loss * scale).backward()
+            batch = to_device(batch, self.world.device)
+            with autocast(self.world.device, self.train.precision):
+                loss = token_loss_sum(self.parallel.forward, self.parallel.model, batch)
+            self.parallel.backward(loss * scale, index)
             loss_sum += loss.detach()
-        parameters = list(self.parameters.values())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.train.max_grad_norm))
         (total,) = self.world.sum([float(loss_sum)])
         mean = total / max(tokens, 1)
-        if not (math.isfinite(mean) and math.isfinite(norm)):
-            raise RunError(
-                f"step {step + 1}: loss {mean}, gradient norm {norm}. Nothing of it was kept: "
-                "lower train.learning_rate (with another name), or look at the rows of this step; "
-                "a rerun resumes before it"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = gradient_norm(self.parallel, self.world) / self.loss_scale.scale
+        self._update(step, mean, norm, rate)
         seconds = time.perf_counter() - started
         self._record(step + 1, mean, rate, norm, (tokens, micro_batches, seconds))
 
-    def _gradient_sync(self, last: bool) -> Any:
-        """DDP exchanges gradients in the last micro batch of a step only."""
-        if last or not isinstance(self.forward, DistributedDataParallel):
-            return nullcontext()
-        return self.forward.no_sync()
+    def _update(self, step: int, loss: float, norm: float, rate: float) -> None:
+        """Clip the gradients and take the step, or none where fp16 overflowed."""
+        overflowed = not math.isfinite(norm)
+        if not math.isfinite(loss) or (overflowed and not self.loss_scale.adapts):
+            raise RunError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}. Nothing of it was kept: "
+                "lower train.learning_rate (with another name), or look at the rows of this step; "
+                "a rerun resumes before it"
+            )
+        scaled_by = self.loss_scale.scale
+        self.loss_scale.update(overflowed)
+        if overflowed:
+            log.warning("step %d skipped: loss scale now %g", step + 1, self.loss_scale.scale)
+            self.parallel.skip()
+            return
+        # As torch.nn.utils.clip_grad_norm_, whose 1e-6 this is.
+        factor = min(1.0, self.train.max_grad_norm / (norm + 1e-6))
+        scale_gradients(self.parallel, factor / scaled_by)
+        self.parallel.step(rate)
 
     def _record(
         self, step: int, loss: float, rate: float, norm: float, work: tuple[int, list[Batch], float]
@@ -211,37 +258,48 @@ class Trainer:
         log.info("step %d/%d loss %.4f", step, self.total_steps, loss)
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint of the state after `step` steps."""
+        """Begin to commit a checkpoint of the state after `step` steps."""
         self.beat("save", step)
-        self.checkpointer.save(step, self.module, self.optimizer)
+        state = {
+            "progress": asdict(self.progress),
+            "best_step": self.progress.best_step,
+            "loss_scale": asdict(self.loss_scale),
+        }
+        self.checkpointer.save(step, self.parallel, state)
 
-    def evaluate(self, step: int) -> None:
-        """Append the held-out loss to the metrics, and samples before and after training."""
+    def evaluate(self, step: int) -> bool:
+        """Append the held-out loss to the metrics, and samples; whether it is the best so far."""
         if self.held_out is None or not len(self.held_out.rows):
-            return
+            return False
         self.beat("evaluate", step)
         args = (self.held_out.rows, self.train.precision, self.world)
-        loss, tokens = held_out_loss(self.model, *args)
+        loss, tokens = held_out_loss(self.parallel.forward, self.parallel.model, *args)
+        self.parallel.rest()
         if self.world.main:
             record = {"kind": "eval", "step": step, "loss": loss, "supervised_tokens": tokens}
             append_record(self.run.metrics_file, record | {"time": time.time()})
             log.info("step %d held-out loss %.4f", step, loss)
-            if self.held_out.num_samples and step in (0, self.total_steps):
-                self.beat("sample", step)
-                self._sample(step, self.held_out)
-        self.world.gather(None)  # the others wait here, not in a collective of the next step
+        better = self.progress.note(step, loss, self.train.early_stopping_threshold)
+        every, ends = self.train.sample_steps, step == self.total_steps or self._out_of_patience()
+        if step == 0 or ends or (every and step % every == 0):
+            self.sample(step)
+        return better
 
-    def _sample(self, step: int, held_out: HeldOut) -> None:
-        samples = complete(self.model, held_out, self.train.precision, self.world.device)
-        for index, sample in enumerate(samples):
-            append_record(self.run.samples_file, {"step": step, "index": index, **sample})
+    def sample(self, step: int) -> None:
+        """Let the model complete held-out prompts, into the run's samples.
 
-
-def base_model(module: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside peft's wrapper, or the module itself."""
-    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
-    assert isinstance(inner, PreTrainedModel), f"{type(inner)} is no transformers model"
-    return inner
+        All processes take part, since each may hold a part of the weights; rank 0 writes.
+        """
+        if self.held_out is None or not self.held_out.num_samples:
+            return
+        self.beat("sample", step)
+        samples = complete(
+            self.parallel.model, self.held_out, self.train.precision, self.world.device
+        )
+        self.parallel.rest()
+        if self.world.main:
+            for index, sample in enumerate(samples):
+                append_record(self.run.samples_file, {"step": step, "index": index, **sample})
 
 
 def memory_bytes(device: torch.device) -> int:

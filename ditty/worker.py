@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty.artifacts import Store
-from ditty.errors import DittyError, OutOfMemory, Preempted, RunBusy
+from ditty.errors import DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.files import read_json
 from ditty.rundir import Result, RunDir, Status, write_result
 from ditty.spec import RunSpec
@@ -69,12 +69,13 @@ def convert(job: Job, attempt: Path) -> Result:
 
 def prequantize(job: Job, attempt: Path) -> Result:
     """The `prequantize` stage."""
-    from ditty.quantize import quantize_nf4
+    from ditty.quantize import quantize
 
     def make(out: Path) -> dict[str, Any]:
-        return quantize_nf4(
+        return quantize(
             job.model_dir,
             out,
+            job.spec.model.quantization,
             job.inputs["dtype"],
             trust_remote_code=job.spec.model.trust_remote_code,
         )
@@ -95,7 +96,15 @@ def train(job: Job, attempt: Path) -> Result:
     """The `train` stage: all ranks run this."""
     from ditty.world import join_world, leave_world
 
-    world = join_world(job.device, job.spec.launch.num_processes)
+    world = join_world(
+        job.device, job.spec.launch.world_size, job.spec.launch.collective_timeout_seconds
+    )
+    keys = world.gather(job.key)
+    if len(set(keys)) > 1:
+        raise RunError(
+            f"the machines run different specs: the training's key is {keys[0][:12]} on the first "
+            f"and {next(k for k in keys if k != keys[0])[:12]} on another. Start the same spec on all"
+        )
     run = RunDir.named(job.spec.name, job.home)
     lock = run.training_lock()
     held = lock.acquire(LOCK_WAIT_SECONDS) if world.main else True
@@ -110,14 +119,16 @@ def train(job: Job, attempt: Path) -> Result:
 
 
 def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
+    from ditty.parallel import whole_weights
     from ditty.trainer import Place, Trainer
 
     store = Store(job.home)
     done = store.find("train", job.key) if world.main else None
     if world.from_main(done is not None):
         return Result(Status.OK, job.spec.train.max_steps or 0)
-    module, feed, held_out = _load(job, world)
     beat = _heartbeat(attempt, world.rank)
+    beat("load", 0)
+    module, feed, held_out = _load(job, world)
     place = Place(run, world, identity=job.inputs, heartbeat=beat)
     trainer = Trainer(module, feed, job.spec.train, place, held_out)
     outcome = trainer.fit()
@@ -129,9 +140,10 @@ def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
             f"stopped after step {outcome.step} by a {outcome.reason}; a rerun resumes there",
             retryable=outcome.reason != "stop file",
         )
+    beat("commit", outcome.step)
+    weights = whole_weights(trainer.parallel, world)
     if world.main:
-        beat("commit", outcome.step)
-        _commit(job, store, run, module)
+        _commit(job, store, run, module, weights)
     world.gather(None)
     return Result(Status.OK, outcome.step)
 
@@ -142,17 +154,12 @@ def _load(job: Job, world: Any) -> tuple[Any, Any, Any]:
     from ditty.data import read_rows
     from ditty.evaluate import HeldOut
     from ditty.feed import packed_feed
-    from ditty.model import load_base, prepare_model
+    from ditty.load import load_module
 
     spec = job.spec
     assert job.data_dir is not None, "training reads packed rows"
-    base = load_base(job.model_dir, spec.model, spec.train.precision, world.device)
-    module = prepare_model(
-        base,
-        spec.model,
-        seed=spec.train.seed,
-        gradient_checkpointing=spec.train.gradient_checkpointing,
-    )
+    train = spec.train.model_copy(update={"sharding": spec.sharding})
+    module = load_module(job.model_dir, spec.model, train, world)
     feed = packed_feed(read_rows(job.data_dir / "train.arrow"), spec.train, world)
     held_out = HeldOut(
         read_rows(job.data_dir / "eval.arrow"),
@@ -169,7 +176,7 @@ def _heartbeat(attempt: Path, rank: int) -> Any:
     return Heartbeat(attempt / "heartbeat" / f"rank_{rank:05d}.json")
 
 
-def _commit(job: Job, store: Store, run: RunDir, module: Any) -> None:
+def _commit(job: Job, store: Store, run: RunDir, module: Any, weights: dict[str, Any]) -> None:
     """The trained adapter or model as an artifact, with its tokenizer and its metrics."""
     from transformers import AutoTokenizer
 
@@ -186,7 +193,7 @@ def _commit(job: Job, store: Store, run: RunDir, module: Any) -> None:
         "loss": next((r["loss"] for r in reversed(records) if r["kind"] == "train"), None),
     }
     with store.commit("train", job.key, facts) as out:
-        save_trained(module, job.spec.model.base_model, out)
+        save_trained(module, weights, job.spec.model.base_model, out)
         AutoTokenizer.from_pretrained(job.model_dir, local_files_only=True).save_pretrained(out)
 
 
@@ -209,7 +216,8 @@ def explain(error: BaseException) -> Result:
     text = "".join(traceback.format_exception_only(error)).strip()
     # A lost peer or a full network buffer passes; a bug does not.
     passing = isinstance(error, ConnectionError | TimeoutError) or any(
-        word in text for word in ("NCCL", "gloo", "Connection closed by peer", "Broken pipe")
+        word in text
+        for word in ("NCCL", "gloo", "Connection closed by peer", "Broken pipe", "distributed.Dist")
     )
     return Result(Status.FAILED, kind=type(error).__name__, message=text, retryable=passing)
 
@@ -220,13 +228,14 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _speaks(result: Result, attempt: Path) -> bool:
-    """Whether this rank's result is the attempt's.
+    """Whether this rank's result is the attempt's, which is one machine's.
 
-    Rank 0 tells of success. The rank that failed first knows why; the others only that it is gone.
+    The machine's first rank tells of success. The rank that failed first knows why; the others
+    only that it is gone.
     """
     if result.status is Status.FAILED:
         return not (attempt / "result.json").exists()
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def main(arguments: list[str]) -> int:

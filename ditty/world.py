@@ -1,7 +1,7 @@
 """The processes of one training: who we are, and the few things they tell each other."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,18 +10,27 @@ import torch.distributed as dist
 
 from ditty.errors import RunError
 
-# A rank that is gone must end the others: without a limit they wait for ever.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT_SECONDS = 600.0  # the spec's default
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among `world_size`; `device` is where its model lives."""
+    """One process among `world_size`.
+
+    Attributes:
+        device: where its model lives.
+        local_world_size: processes on this machine.
+        group: the process group of `gather`; None: torch's default one.
+        timeout: of a collective; torch gives each new group its own default, up to half an hour.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    local_world_size: int = 1
+    group: Any = None
+    timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
 
     @property
     def main(self) -> bool:
@@ -42,12 +51,18 @@ class World:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value."""
         return self.gather(value if self.main else None)[0]
+
+    def aside(self) -> "World":
+        """The same processes with a gloo group of their own, to talk in from another thread."""
+        if self.world_size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
 
 
 def single(device: str = "cpu") -> World:
@@ -55,19 +70,27 @@ def single(device: str = "cpu") -> World:
     return World(0, 0, 1, torch.device(device))
 
 
-def join_world(device: str, expected: int) -> World:
+def join_world(
+    device: str, expected: int, timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS
+) -> World:
     """Join the processes that `accelerate launch` started.
 
     Args:
         device: "cpu" or "cuda".
-        expected: the spec's number of processes. Several launches of accelerate's start one
-            process, or separate ones, and say nothing; so it is checked here, in production.
+        expected: the spec's number of processes, on all machines. Several launches of accelerate's
+            start one process, or separate ones, and say nothing; so it is checked here, in
+            production.
+        timeout_seconds: a collective that takes longer raises. A rank that ended closes its
+            connections, and the others notice at once; a cut link is silence, and only this ends
+            the wait.
     Raises:
         RunError: another number of processes came up.
     """
     from accelerate import PartialState
 
-    options = {"timeout": COLLECTIVE_TIMEOUT} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    timeout = timedelta(seconds=timeout_seconds)
+    options = {"timeout": timeout} if several else {}
     state = PartialState(cpu=device == "cpu", **options)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size != expected or state.num_processes != expected:
@@ -79,7 +102,9 @@ def join_world(device: str, expected: int) -> World:
     if device == "cuda":
         torch.cuda.set_device(state.local_process_index)
     where = torch.device(device, state.local_process_index if device == "cuda" else None)
-    return World(state.process_index, state.local_process_index, world_size, where)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = (state.process_index, state.local_process_index, world_size)
+    return World(*ranks, where, local, timeout=timeout)
 
 
 def leave_world() -> None:

@@ -108,11 +108,13 @@ def run_attempt(ref: StageRef, work: Work) -> None:
 
 
 def judge_crash(error: Crashed, attempt: Path, run: RunDir) -> None:
-    """Record a crash; the second one since the last checkpoint is not retried."""
+    """Record a crash; this machine's second one since the last checkpoint is not retried."""
     step = max(run.committed_steps(), default=0)
+    machine = (read_json(attempt / "launch.json") or {}).get("machine_rank", 0)
     crashes = [read_json(a / CRASH_FILE) for a in run.attempts(attempt.parent.name)]
-    write_json(attempt / CRASH_FILE, {"step": step})
-    if any(crash and crash["step"] == step for crash in crashes):
+    crash = {"step": step, "machine_rank": machine}
+    write_json(attempt / CRASH_FILE, crash)
+    if crash in crashes:
         error.retryable = False
         error.args = (
             f"{error}\nIt crashed before without getting past step {step}, the last checkpoint: "

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from ditty import environment
+from ditty.choices import Device
 from ditty.environment import child_environment, resolve_device
 from ditty.errors import SpecError
-from ditty.spec import Device, LaunchSpec
+from ditty.spec import LaunchSpec
 
 CPU = LaunchSpec(device=Device.CPU)
 
@@ -97,6 +98,13 @@ def test_the_child_finds_the_same_ditty(monkeypatch: pytest.MonkeyPatch) -> None
 def test_torchrun_leaves_the_grace_to_the_guard() -> None:
     launch = LaunchSpec(device=Device.CPU, grace_seconds=120.5)
     assert int(child_environment(launch)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 120.5
+
+
+def test_several_machines_keep_their_ranks_off_the_launchers_store() -> None:
+    name = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    several = LaunchSpec(device=Device.CPU, num_machines=2, machine_rank=1, main_host="node0")
+    assert child_environment(several)[name] == "1"
+    assert name not in child_environment(CPU)
 
 
 def test_a_launch_on_the_cpu_hides_the_gpus(gpus) -> None:

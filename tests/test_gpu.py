@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ditty.batches import collate, to_device
+from ditty.choices import Precision, Quantization
 from ditty.evaluate import autocast
 from ditty.loss import token_loss_sum
 from ditty.model import load_base, prepare_model
-from ditty.quantize import quantize_nf4
+from ditty.quantize import quantize
 from ditty.rundir import Status
-from ditty.spec import ModelSpec, Precision
+from ditty.spec import ModelSpec
 from tests.test_distributed import adapter, inputs, losses, run_training  # noqa: F401
 from tests.tiny import make_model_folder, random_rows, tiny_config
 
@@ -64,7 +65,7 @@ def test_quantized_training_step_equals_the_cpus(tmp_path):
     """NF4 from the same file: loss and adapter gradients on GPU (fp32) and CPU."""
     folder = make_model_folder(tmp_path / "model")
     (tmp_path / "nf4").mkdir()
-    quantize_nf4(folder, tmp_path / "nf4", "float32")
+    quantize(folder, tmp_path / "nf4", Quantization.NF4, "float32")
     spec = ModelSpec(base_model=str(folder), quantization="nf4")
     found = []
     for device in (torch.device("cpu"), GPU):

@@ -15,12 +15,13 @@ import psutil
 import pytest
 
 from ditty import launch
+from ditty.choices import Device
 from ditty.environment import child_environment
 from ditty.errors import Crashed, DataError, OutOfMemory, Preempted, RunError
 from ditty.files import read_json
 from ditty.launch import raise_for_result, run_guarded, run_stage
 from ditty.rundir import Result, Status
-from ditty.spec import Device, LaunchSpec
+from ditty.spec import LaunchSpec
 
 WAIT_SECONDS = 120.0  # until we call a process stuck
 CPU = LaunchSpec(device=Device.CPU, threads=1)
@@ -316,8 +317,7 @@ def test_no_result_is_a_crash_and_its_last_words_are_told(attempt: Path) -> None
     got = stage({"crash": int(signal.SIGKILL)}, attempt)
     assert (got.status, got.kind, got.retryable) == (Status.FAILED, "Crashed", True)
     first, *lines = got.message.splitlines()
-    assert "exit code 137 (SIGKILL)" in first
-    assert str(attempt / "log.txt") in first
+    assert "exit code 137 (SIGKILL)" in first and str(attempt / "log.txt") in first
     assert [line.strip() for line in lines] == [f"last words {i}" for i in range(80, 100)]
     with pytest.raises(Crashed, match="last words 99") as caught:
         raise_for_result(got)
@@ -329,7 +329,7 @@ def test_the_record_of_a_launch_has_no_secret(
 ) -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_TOKEN"):
         monkeypatch.setenv(name, f"canary-{name}")
-    spec = CPU.model_copy(update={"environment": ["MY_TOKEN"], "num_processes": 3})
+    spec = LaunchSpec(device=Device.CPU, environment=["MY_TOKEN"], num_processes=3, num_machines=2)
     assert stage({"result": {"status": "ok"}}, attempt, spec).status is Status.OK
 
     child = read_json(attempt / "environment.json")
@@ -343,7 +343,7 @@ def test_the_record_of_a_launch_has_no_secret(
     assert platform.node() not in texts["launch.json"]
     record = json.loads(texts["launch.json"])
     assert record["argv"] == [sys.executable, "-m", "fake_worker", "train", str(attempt)]
-    assert (record["device"], record["num_processes"]) == ("cpu", 1)
+    assert [record[k] for k in ("device", "num_processes", "num_machines")] == ["cpu", 1, 1]
     assert record["versions"]["python"] == platform.python_version()
     assert record["versions"]["torch"]
     assert "MY_TOKEN" in record["environment"]

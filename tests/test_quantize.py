@@ -24,9 +24,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from ditty import quantize
+from ditty import quantize as module
+from ditty.choices import Quantization
 from ditty.errors import ModelError, StoreError
-from ditty.quantize import quantize_nf4
+from ditty.quantize import quantize
+from ditty.quantplan import Header, _describe
 
 from .tiny import VOCABULARY, make_model_folder, tiny_config
 
@@ -47,29 +49,40 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_model_folder(root / name, config) for name, config in CONFIGS.items()}
 
 
-def theirs(source: Path, dtype: torch.dtype) -> PreTrainedModel:
+def theirs(
+    source: Path, dtype: torch.dtype, to: Quantization = Quantization.NF4
+) -> PreTrainedModel:
     """What transformers makes of the model when it quantizes it by itself."""
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    if to is Quantization.INT8:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     # On the CPU, as we do: a GPU rounds the statistics of double quantization differently.
     return AutoModelForCausalLM.from_pretrained(
         source, quantization_config=settings, dtype=dtype, device_map={"": "cpu"}
     )
 
 
-def quantized(source: Path, out: Path, dtype: str = "float32", **options: Any) -> dict[str, Any]:
+def quantized(
+    source: Path,
+    out: Path,
+    dtype: str = "float32",
+    to: Quantization = Quantization.NF4,
+    **options: Any,
+) -> dict[str, Any]:
     out.mkdir()
-    return quantize_nf4(source, out, dtype, **options)
+    return quantize(source, out, to, dtype, **options)
 
 
 def differences(one: PreTrainedModel, other: PreTrainedModel) -> list[str]:
     """Names of what is not the same to the bit: weights, scales, nested scales, code books."""
     a, b = one.state_dict(), other.state_dict()
-    assert any(name.endswith("weight.nested_absmax") for name in a)
+    assert any(name.endswith(("weight.nested_absmax", ".SCB")) for name in a)
 
     def bits(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -93,7 +106,7 @@ def rewrite(folder: Path, target: Path, change: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_bits_and_logits_as_transformers(
     name: str, dtype: str, sources: dict[str, Path], tmp_path: Path
@@ -166,9 +179,10 @@ def test_weights_that_a_model_keeps_in_fp32(
     assert differences(reference, ours) == []
 
 
-def test_shards(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_shards(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 30_000
-    facts = quantized(sources["llama_untied"], tmp_path / "out", max_shard_bytes=limit)
+    monkeypatch.setattr(module, "SHARD_BYTES", limit)
+    facts = quantized(sources["llama_untied"], tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert facts["shards"] == len(files) > 2
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -197,13 +211,14 @@ def test_sharded_source(tmp_path: Path, sources: dict[str, Path]) -> None:
 
 
 def test_same_bytes_each_time_whatever_the_threads(
-    sources: dict[str, Path], tmp_path: Path
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "SHARD_BYTES", 60_000)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            quantized(sources["llama_untied"], tmp_path / str(threads), max_shard_bytes=60_000)
+            quantized(sources["llama_untied"], tmp_path / str(threads))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -214,17 +229,17 @@ def test_same_bytes_each_time_whatever_the_threads(
 def test_large_tensor_in_chunks_equals_one_call(shape: tuple[int, int]) -> None:
     # Large enough for several chunks, for a mean that depends on threads, and with an odd end.
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    assert weight.numel() > quantize.CHUNK
+    assert weight.numel() > module.CHUNK
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
         torch.set_num_threads(2)
-        ours, parts = quantize._nf4(weight)
+        parts = module._nf4(weight)
     finally:
         torch.set_num_threads(before)
-    expected = state.as_dict(packed=True)
-    assert torch.equal(ours, packed)
+    expected = {f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}
+    expected["weight"] = packed
     assert parts.keys() == expected.keys()
     for key, part in parts.items():
         assert torch.equal(part, expected[key]), key
@@ -239,7 +254,7 @@ def test_mean_of_scales_does_not_depend_on_threads() -> None:
         expected = [draw.mean() for draw in draws]
         torch.set_num_threads(2)
         assert any(draw.mean() != mean for draw, mean in zip(draws, expected, strict=True))
-        assert [quantize._mean_in_one_thread(draw) for draw in draws] == expected
+        assert [module._mean_in_one_thread(draw) for draw in draws] == expected
     finally:
         torch.set_num_threads(before)
 
@@ -323,8 +338,19 @@ def test_quantized_already(sources: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_unknown_dtype(sources: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="'float16', expected float32 or bfloat16"):
-        quantized(sources["llama_tied"], tmp_path / "out", "float16")
+    with pytest.raises(ModelError, match="'float64', expected float32, bfloat16, float16"):
+        quantized(sources["llama_tied"], tmp_path / "out", "float64")
+
+
+def test_weight_under_a_name_of_another_kind(sources: dict[str, Path], tmp_path: Path) -> None:
+    # Its scales would lie beside a name that transformers does not look them up by.
+    model = module.skeleton(
+        sources["llama_tied"], module._nf4_settings(torch.float32), torch.float32, False
+    )
+    header = Header(Path("a.safetensors"), "up.kernel", [128, 64], 128 * 64 * 4)
+    target = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(ModelError, match="up.kernel in a.safetensors is the weight model.layers.0"):
+        _describe(model, header, target, torch.float32, module._nf4_size)
 
 
 def test_full_disk_is_found_before_anything_is_written(

@@ -1,6 +1,5 @@
 """The training loop against a plain PyTorch loop, and against itself when split and resumed."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,16 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from ditty import attention
 from ditty.batches import collate
+from ditty.choices import Precision, Sampling
 from ditty.errors import ArtifactDamaged, RunError, RunMismatch
 from ditty.evaluate import HeldOut, held_out_loss
 from ditty.feed import LoaderFeed, PackedFeed
 from ditty.loss import token_loss_sum
-from ditty.model import add_adapter, load_base, prepare_model, save_trained, trainable
-from ditty.optim import learning_rate
+from ditty.model import add_adapter, base_model, load_base, prepare_model, save_trained, trainable
+from ditty.parallel import whole_weights
 from ditty.rundir import RunDir
 from ditty.sampler import BatchSplit, SampleOrder
-from ditty.spec import ModelSpec, Precision, Sampling, Schedule, TrainSpec
+from ditty.spec import ModelSpec, TrainSpec
 from ditty.trainer import Place, Trainer
 from ditty.world import single
 from tests.tiny import make_model_folder, random_rows, tiny_config
@@ -171,7 +171,7 @@ def test_accumulation_changes_nothing(folder, tmp_path, micro, accumulation):
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in trainer.parameters.items()}
+    return {n: p.detach().clone() for n, p in trainer.parallel.parameters.items()}
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
@@ -241,7 +241,7 @@ class StopAt:
             if self.calls == calls:
                 run.stop_file.touch()
 
-        module.register_forward_pre_hook(count)
+        base_model(module).register_forward_pre_hook(count)
 
 
 def test_damaged_checkpoint_is_set_aside_and_the_one_before_used(folder, tmp_path):
@@ -249,7 +249,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_used(folder, tmp_pat
     trainer, _, _ = run_trainer(folder, tmp_path, settings(save_steps=4), name="run")
     run = RunDir(tmp_path / "run")
     assert run.committed_steps() == [8, 10]
-    victim = run.checkpoint(10) / "optimizer.safetensors"
+    victim = run.checkpoint(10) / "shard_00000.safetensors"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
@@ -284,22 +284,10 @@ def test_non_finite_loss_is_never_committed(folder, tmp_path):
     assert RunDir(tmp_path / "run").committed_steps() == [1]
 
 
-def test_learning_rates_equal_transformers():
-    for schedule in Schedule:
-        train = settings(schedule=schedule, max_steps=17, warmup_steps=4, learning_rate=0.3)
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-        name = "constant_with_warmup" if schedule is Schedule.CONSTANT else schedule.value
-        reference = get_scheduler(name, optimizer, 4, 17)
-        for step in range(17):
-            assert math.isclose(learning_rate(step, 17, train), optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            reference.step()
-
-
 def test_held_out_loss_and_gradient_checkpointing(folder):
     rows = random_rows(5, seed=9)
     model = build(folder)
-    loss, tokens = held_out_loss(model, rows, Precision.FP32, single())
+    loss, tokens = held_out_loss(model, model, rows, Precision.FP32, single())
     batch = collate(rows)
     assert tokens == int((batch["labels"] != -100).sum())
     assert loss == pytest.approx(
@@ -324,7 +312,7 @@ def test_bf16_follows_fp32_and_keeps_fp32_weights(folder, tmp_path, adapter):
         base = load_base(folder, spec, train.precision, CPU)
         module = prepare_model(base, spec, seed=0, gradient_checkpointing=False)
         trainer, _, metrics = run_trainer(folder, tmp_path, train, name=precision, module=module)
-        assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
+        assert {p.dtype for p in trainer.parallel.parameters.values()} == {torch.float32}
         runs[precision] = [m["loss"] for m in metrics]
     assert runs["bf16"] == pytest.approx(runs["fp32"], rel=0.02)
     assert runs["bf16"] != runs["fp32"], "nothing was computed in bf16"
@@ -334,15 +322,20 @@ def test_peft_loads_the_saved_adapter_and_computes_the_same(folder, tmp_path):
     from peft import PeftModel
 
     trainer, _, _ = run_trainer(folder, tmp_path, adapter="lora")
-    save_trained(trainer.module, "org/base", tmp_path / "adapter")
+    save_trained(
+        trainer.parallel.module,
+        whole_weights(trainer.parallel, single()),
+        "org/base",
+        tmp_path / "adapter",
+    )
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         before = base(ids).logits.clone()
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
         after = loaded(ids).logits
-        with attention.generating(trainer.model):
-            ours = trainer.module.eval()(input_ids=ids).logits
+        with attention.generating(trainer.parallel.model):
+            ours = trainer.parallel.module.eval()(input_ids=ids).logits
     assert torch.allclose(after, ours, atol=1e-6) and not torch.allclose(after, before, atol=1e-3)
     assert loaded.peft_config["default"].base_model_name_or_path == "org/base"
 

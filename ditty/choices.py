@@ -1,0 +1,145 @@
+"""The choices of the spec: each enum is one question, each member an answer."""
+
+from enum import StrEnum
+
+
+class OperationMethod(StrEnum):
+    """A row operation: the `datasets.Dataset` method of the same name."""
+
+    FILTER = "filter"
+    MAP = "map"
+
+
+class DataFormat(StrEnum):
+    """The shape of a row after the operations."""
+
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "prompt_completion"
+    TEXT = "text"
+
+
+class LossOn(StrEnum):
+    """Which tokens are supervised."""
+
+    ASSISTANT = "assistant"
+    COMPLETION = "completion"
+    ALL = "all"
+
+
+class Overlong(StrEnum):
+    """What happens to a row of more than `seq_len` tokens."""
+
+    TRUNCATE = "truncate"
+    DROP = "drop"
+    ERROR = "error"
+
+
+class Adapter(StrEnum):
+    """What is trained: everything, or low-rank matrices beside a frozen base."""
+
+    NONE = "none"
+    LORA = "lora"
+    DORA = "dora"
+
+
+class Quantization(StrEnum):
+    """How the frozen base is stored."""
+
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
+class Attention(StrEnum):
+    """`packed`: within documents only. `sdpa`, `eager`: transformers' own, block-diagonal mask."""
+
+    PACKED = "packed"
+    SDPA = "sdpa"
+    EAGER = "eager"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass; trained weights are kept in fp32 either way."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class Sharding(StrEnum):
+    """How the processes of a training share its memory.
+
+    `none`: one process. `ddp`: each process holds everything. `fsdp2`: weights, gradients and
+    optimizer are cut over all processes (PyTorch's fully_shard). `hybrid`: cut over the processes
+    of a machine, and repeated on each machine. `zero3`: DeepSpeed ZeRO stage 3. `auto`: `none` for
+    one process, `ddp` for several.
+    """
+
+    AUTO = "auto"
+    NONE = "none"
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+    HYBRID = "hybrid"
+    ZERO3 = "zero3"
+
+
+class Optimizer(StrEnum):
+    """What turns gradients into new weights.
+
+    `adamw`: torch's, fused on GPUs. `*_8bit`, `paged_*` and `lion`: bitsandbytes'; paged ones, on
+    a GPU only, keep their state in memory that moves to the host when the GPU is full.
+    `adafactor` and `muon` (matrices by Muon, vectors by AdamW): torch's.
+    """
+
+    ADAMW = "adamw"
+    ADAMW_8BIT = "adamw_8bit"
+    PAGED_ADAMW = "paged_adamw"
+    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
+    LION = "lion"
+    LION_8BIT = "lion_8bit"
+    PAGED_LION = "paged_lion"
+    PAGED_LION_8BIT = "paged_lion_8bit"
+    ADAFACTOR = "adafactor"
+    MUON = "muon"
+
+
+class FinalWeights(StrEnum):
+    """Which weights are the result: those after the last step, or those of the best evaluation."""
+
+    LAST = "last"
+    BEST = "best"
+
+
+class Schedule(StrEnum):
+    """The learning rate by step, as transformers' schedule of the same name.
+
+    Those of transformers that are missing here look at the loss, and so would not be functions of
+    the step alone. `constant` too warms up where `warmup_steps` says so.
+    """
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+    CONSTANT_WITH_WARMUP = "constant_with_warmup"
+    COSINE_WITH_RESTARTS = "cosine_with_restarts"
+    POLYNOMIAL = "polynomial"
+    INVERSE_SQRT = "inverse_sqrt"
+    COSINE_WITH_MIN_LR = "cosine_with_min_lr"
+    COSINE_WARMUP_WITH_MIN_LR = "cosine_warmup_with_min_lr"
+    WARMUP_STABLE_DECAY = "warmup_stable_decay"
+
+
+class Sampling(StrEnum):
+    """The order of rows within an epoch."""
+
+    RANDOM = "random"
+    LENGTH_GROUPED = "length_grouped"
+    SEQUENTIAL = "sequential"
+
+
+class Device(StrEnum):
+    """Where to train. `auto`: a GPU where there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"

@@ -1,0 +1,236 @@
+"""Many small trainings after one import: each in forked processes of its own, which may be killed.
+
+Importing torch, transformers and DeepSpeed takes longer than a tiny training. So one process
+imports them, and forks the ranks of one scenario after the other; a rank is a process like any
+other: it joins a world, trains, and ends, or dies by SIGKILL where the scenario says so.
+
+    python -m tests.scenarios FILE
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from itertools import count, groupby, islice
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(path: Path, scenarios: list[dict[str, Any]], device: str = "cpu") -> dict[str, Any]:
+    """Run `scenarios` in turn; {name: what happened}.
+
+    A scenario: name, processes, model_dir, data_dir, home (its run directory); optional: model and
+    train (keys of the spec), stop_before and kill_before (steps), evaluate (bool), save (folder for
+    the result), weights (file for the trained weights).
+    """
+    path.write_text(json.dumps({"device": device, "scenarios": scenarios}))
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    if device == "cpu":
+        variables |= {
+            "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+        }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.scenarios", str(path)],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60 + 60 * len(scenarios),
+    )
+    found = {s["name"]: _read(path, s["name"]) for s in scenarios}
+    for scenario in scenarios:
+        result = found[scenario["name"]]
+        if scenario.get("kill_before") is not None:
+            expected = {"signals": [int(signal.SIGKILL)] * scenario["processes"]}
+            assert result == expected, f"{scenario['name']}: {result}\n{done.stdout[-4000:]}"
+            continue
+        assert "losses" in result, f"{scenario['name']}: {result}\n{done.stdout[-6000:]}"
+        assert result["world_size"] == scenario["processes"]
+    return found
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    file = Path(f"{path}.{name}.json")
+    return json.loads(file.read_text()) if file.exists() else {"missing": True}
+
+
+def serve(path: Path) -> None:
+    """Fork the ranks of each scenario, wait for them, and note how they ended."""
+    job = json.loads(path.read_text())
+    scenarios, device = job["scenarios"], job["device"]
+    if device == "cpu":
+        import datasets  # noqa: F401  (imported once, before the forks)
+        import deepspeed  # noqa: F401
+        import peft  # noqa: F401
+
+        import ditty.load
+        import ditty.trainer  # noqa: F401
+
+        together = [[scenario] for scenario in scenarios]
+    else:  # CUDA does not survive a fork: ranks import for themselves, and do several scenarios
+        together = [list(g) for _, g in groupby(scenarios, lambda s: s["processes"])]
+    for several in together:
+        port, size = _free_port(), several[0]["processes"]
+        ranks = [_fork(path, several, device, (r, size, port)) for r in range(size)]
+        signals = [os.WTERMSIG(status) for status in (os.waitpid(r, 0)[1] for r in ranks)]
+        if any(signals):
+            Path(f"{path}.{several[-1]['name']}.json").write_text(json.dumps({"signals": signals}))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _fork(path: Path, several: list[dict[str, Any]], device: str, who: tuple[int, int, int]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    rank, size, port = who
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({k: str(v) for k, v in numbers.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    code = 1
+    try:
+        from ditty.world import join_world, leave_world
+
+        world = join_world(device, size)
+        for scenario in several:
+            result = run(scenario, world)
+            if world.main:
+                Path(f"{path}.{scenario['name']}.json").write_text(json.dumps(result))
+            _free_gpu(device)
+        leave_world()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _free_gpu(device: str) -> None:
+    if device == "cuda":
+        import gc
+
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
+    """One training in this process; what came of it."""
+    from safetensors.torch import save_file
+
+    from ditty.data import read_rows
+    from ditty.evaluate import HeldOut
+    from ditty.feed import packed_feed
+    from ditty.load import load_module
+    from ditty.model import save_trained
+    from ditty.parallel import whole_weights
+    from ditty.rundir import RunDir
+    from ditty.spec import ModelSpec, TrainSpec
+    from ditty.trainer import Place, Trainer
+
+    model_dir, data_dir = Path(scenario["model_dir"]), Path(scenario["data_dir"])
+    model = ModelSpec(base_model=str(model_dir), **scenario.get("model", {}))
+    train = TrainSpec(**scenario["train"])
+    run_dir = RunDir(Path(scenario["home"]))
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    before = resident_bytes()
+    module = load_module(model_dir, model, train, world)
+    feed = Spy(packed_feed(read_rows(data_dir / "train.arrow"), train, world), scenario)
+    held_out = HeldOut(read_rows(data_dir / "eval.arrow")) if scenario.get("evaluate") else None
+    trainer = Trainer(module, feed, train, Place(run_dir, world, {"test": "same"}), held_out)
+    loaded = resident_bytes() - before
+    outcome = trainer.fit()
+    weights = whole_weights(trainer.parallel, world)
+    if world.main and scenario.get("save"):
+        save_trained(module, weights, str(model_dir), Path(scenario["save"]))
+    if world.main and scenario.get("weights"):
+        save_file(weights, scenario["weights"])
+    records = list(run_dir.metrics())
+    steps = [r for r in records if r["kind"] == "train"]
+    return {
+        "world_size": world.world_size,
+        "kind": type(trainer.parallel).__name__,
+        "step": outcome.step,
+        "finished": outcome.finished,
+        "losses": [r["loss"].hex() for r in steps],
+        "eval": [r["loss"].hex() for r in records if r["kind"] == "eval"],
+        "rates": [r["learning_rate"].hex() for r in steps],
+        "norms": [r["grad_norm"] for r in steps],
+        "tokens_per_second": steps[-1]["tokens_per_second"] if steps else None,
+        "memory_bytes": max((r["memory_bytes"] for r in steps), default=None),
+        "rows": _merged(world.gather(feed.seen)),
+        "parts": world.gather(sum(p.value.numel() for p in trainer.parallel.parts)),
+        "kept": world.gather(kept_bytes(module)),
+        "loaded": world.gather(loaded),
+        "checkpoints": run_dir.committed_steps(),
+        "best_step": trainer.progress.best_step,
+        "loss_scale": trainer.loss_scale.scale,
+    }
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def kept_bytes(module: Any) -> int:
+    """Bytes of parameters that this process keeps."""
+    total = 0
+    for p in module.parameters():
+        local = getattr(p, "ds_tensor", None)
+        if local is None:
+            local = getattr(p, "_local_tensor", p)
+        total += local.numel() * local.element_size()
+    return total
+
+
+def _merged(ids: list[dict[int, list[int]]]) -> dict[str, list[int]]:
+    """{step: sorted rows of all processes}"""
+    return {str(s): sorted(r for one in ids for r in one[s]) for s in sorted(ids[0])}
+
+
+class Spy:
+    """A feed that remembers which rows each step took, and that stops or kills before a step."""
+
+    def __init__(self, feed: Any, scenario: dict[str, Any]):
+        self.feed, self.seen = feed, {}
+        self.stop_before = scenario.get("stop_before")
+        self.kill_before = scenario.get("kill_before")
+
+    def total_steps(self, train: Any) -> int:
+        return self.feed.total_steps(train)
+
+    def steps(self, start: int) -> Any:
+        from ditty.batches import collate
+
+        micro_batches = self.feed.split.micro_batches(self.feed.order, start)
+        for step in count(start):
+            if step == self.stop_before:
+                signal.raise_signal(signal.SIGTERM)
+            if step == self.kill_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            group = list(islice(micro_batches, self.feed.split.gradient_accumulation_steps))
+            self.seen[step] = [int(i) for indices in group for i in indices]
+            yield [collate([self.feed.rows[i] for i in indices]) for indices in group]
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))

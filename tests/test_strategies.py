@@ -1,0 +1,208 @@
+"""Every strategy gives the same numbers: bitwise in fp32, in one world after the other.
+
+The oracle is DDP and, for that, one process (and TRL, in test_reference.py). The trainings run in
+two real processes each; see scenarios.py.
+"""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ditty.choices import Quantization
+from ditty.quantize import quantize
+from tests import scenarios
+from tests.tables_for_tests import write_rows
+from tests.tiny import make_model_folder, random_rows
+
+STEPS = 20
+TRAIN = {
+    "max_steps": STEPS,
+    "precision": "fp32",
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "warmup_steps": 3,
+    "weight_decay": 0.1,
+    "save_steps": 10,
+    "max_grad_norm": 1.0,
+}
+FULL = {"adapter": "none"}
+LORA = {"adapter": "lora", "lora_r": 4, "lora_dropout": 0.1}
+QLORA = {**LORA, "quantization": "nf4"}
+SHARDED = ("fsdp2", "zero3")
+KINDS = {"none": "Replicated", "ddp": "Replicated", "fsdp2": "FullySharded", "zero3": "Zero3"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """30 packed rows of unequal length (a step takes 4: an epoch ends within step 8)."""
+    root = tmp_path_factory.mktemp("strategies")
+    make_model_folder(root / "model")
+    (root / "nf4").mkdir()
+    quantize(root / "model", root / "nf4", Quantization.NF4, "float32")
+    write_rows(root / "data" / "train.arrow", random_rows(30))
+    write_rows(root / "data" / "eval.arrow", random_rows(5, seed=1))
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(root):
+    """All trainings, in the order in which some build on others."""
+    jobs = [*_same_numbers(root), *_killed(root), *_changed_worlds(root)]
+    found = scenarios.launch(root / "job", jobs)
+    return {name.replace(" ", "-"): result for name, result in found.items()}
+
+
+def scenario(root, name, sharding, model, processes=2, **options):
+    train = {**TRAIN, "sharding": sharding, **options.pop("train", {})}
+    if processes == 1 and sharding == "none":
+        train["gradient_accumulation_steps"] *= 2
+    folder = root / ("nf4" if model.get("quantization") == "nf4" else "model")
+    home = str(root / "homes" / options.pop("home", name))
+    return {
+        "name": name,
+        "processes": processes,
+        "model_dir": str(folder),
+        "data_dir": str(root / "data"),
+        "home": home,
+        "model": model,
+        "train": train,
+        "weights": str(root / f"{name}.safetensors"),
+        **options,
+    }
+
+
+def _same_numbers(root):
+    one = {"gradient_accumulation_steps": 1}
+    for sharding in ("ddp", *SHARDED):
+        yield scenario(root, f"full-{sharding}", sharding, FULL)
+        yield scenario(root, f"full1-{sharding}", sharding, FULL, train=one)
+        yield scenario(root, f"lora-{sharding}", sharding, LORA)
+        yield scenario(root, f"qlora-{sharding}", sharding, QLORA)
+    yield scenario(root, "full1-none", "none", FULL, 1, train=one)
+    yield scenario(root, "full-none", "none", FULL, 1)
+    yield scenario(root, "lora-hybrid", "hybrid", LORA, 4, train={**one, "shard_size": 2})
+    yield scenario(root, "lora-fsdp2-4", "fsdp2", LORA, 4, train=one)
+
+
+def _killed(root):
+    for sharding, model in (("ddp", FULL), ("fsdp2", LORA), ("zero3", LORA), ("fsdp2", QLORA)):
+        name = f"killed-{sharding}-{_short(model)}"
+        yield scenario(root, f"{name}-a", sharding, model, home=name, kill_before=13)
+        yield scenario(root, f"{name}-b", sharding, model, home=name, stop_before=16)
+        yield scenario(root, name, sharding, model, home=name)
+
+
+def _short(model):
+    return {"none": "full"}.get(model["adapter"], "qlora" if "quantization" in model else "lora")
+
+
+def _changed_worlds(root):
+    """Two processes, then one, then two: each time a stop in the middle of an epoch."""
+    half = {"gradient_accumulation_steps": 4}
+    plain = {**LORA, "lora_dropout": 0.0}
+    yield scenario(root, "worlds-reference", "ddp", plain)
+    for sharding in ("ddp", *SHARDED):
+        name = f"worlds-{sharding}"
+        yield scenario(root, f"{name}-a", sharding, plain, home=name, stop_before=6)
+        yield scenario(root, f"{name}-b", sharding, plain, 1, home=name, train=half, stop_before=12)
+        yield scenario(root, name, sharding, plain, home=name)
+    name = "worlds-switched"  # and from one strategy to another
+    yield scenario(root, f"{name}-a", "zero3", plain, home=name, stop_before=6)
+    yield scenario(root, f"{name}-b", "fsdp2", plain, home=name, stop_before=12)
+    yield scenario(root, name, "ddp", plain, home=name)
+
+
+def losses(result):
+    return [float.fromhex(value) for value in result["losses"]]
+
+
+def weights(root, name):
+    return load_file(root / f"{name}.safetensors")
+
+
+def same_weights(root, a, b):
+    first, second = weights(root, a), weights(root, b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("model", ["full", "full1", "lora", "qlora"])
+def test_two_processes_give_the_same_bits_under_every_sharding(root, results, model, capsys):
+    """With accumulation (full1: without), packed rows of unequal length, dropout (lora)."""
+    reference = results[f"{model}-ddp"]
+    with capsys.disabled():
+        print(f"\n{model}: ddp {losses(reference)[0]:.6f} ... {losses(reference)[-1]:.6f}")
+    assert len(reference["losses"]) == STEPS and len(set(reference["losses"])) == STEPS
+    for sharding in SHARDED:
+        other = results[f"{model}-{sharding}"]
+        assert other["kind"] == KINDS[sharding]
+        assert other["losses"] == reference["losses"], sharding
+        assert other["norms"] == pytest.approx(reference["norms"], rel=1e-12)
+        assert same_weights(root, f"{model}-{sharding}", f"{model}-ddp"), sharding
+        # Really cut: each process holds about half of what is trained, and of all weights.
+        assert max(other["parts"]) < 0.6 * reference["parts"][0], other["parts"]
+        assert max(other["kept"]) < 0.6 * reference["kept"][0], other["kept"]
+
+
+def test_one_process_gives_the_bits_of_two(root, results, capsys):
+    """Without accumulation on the two. With it, one process adds its four gradients in another
+    order: (((a + b) + c) + d), not (a + b) + (c + d), and the last bit of some differs."""
+    assert results["full1-none"]["losses"] == results["full1-ddp"]["losses"]
+    assert same_weights(root, "full1-none", "full1-ddp")
+    one, two = losses(results["full-none"]), losses(results["full-ddp"])
+    worst = max(abs(a - b) / b for a, b in zip(one, two, strict=True))
+    with capsys.disabled():
+        print(f"\none process, accumulating: largest relative difference {worst:.1e}")
+    assert worst < 1e-6
+
+
+def test_hybrid_gives_the_bits_of_fsdp2(root, results):
+    """Four processes: two copies of two halves, against four quarters."""
+    hybrid, whole = results["lora-hybrid"], results["lora-fsdp2-4"]
+    assert losses(hybrid) == pytest.approx(losses(whole), rel=1e-6)
+    assert max(hybrid["kept"]) > 1.6 * max(whole["kept"])
+
+
+@pytest.mark.parametrize("name", ["ddp-full", "fsdp2-lora", "zero3-lora", "fsdp2-qlora"])
+def test_killed_and_stopped_and_resumed_ends_with_the_same_bits(root, results, name):
+    """SIGKILL before step 13 (the checkpoint of step 10 stays), a stop before step 16, the end;
+    the epoch ends within step 8 and step 15; dropout is on where there is an adapter."""
+    killed, sharding, model = results[f"killed-{name}"], *name.split("-")
+    reference = results[f"{model}-{sharding}"]
+    assert results[f"killed-{name}-a"]["signals"] == [9, 9]
+    assert results[f"killed-{name}-b"]["step"] == 16
+    assert (killed["step"], killed["finished"]) == (STEPS, True)
+    assert killed["losses"] == reference["losses"]
+    assert same_weights(root, f"killed-{name}", f"{model}-{sharding}")
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "zero3", "switched"])
+def test_another_number_of_processes_keeps_samples_and_rates(root, results, sharding, capsys):
+    reference, changed = results["worlds-reference"], results[f"worlds-{sharding}"]
+    assert (changed["step"], changed["finished"]) == (STEPS, True)
+    rows = {}
+    for part in ("-a", "-b", ""):
+        rows |= results[f"worlds-{sharding}{part}"]["rows"]
+    for step in range(STEPS):
+        assert rows[str(step)] == reference["rows"][str(step)], f"step {step}"
+    assert changed["rates"] == reference["rates"]
+    found, expected = weights(root, f"worlds-{sharding}"), weights(root, "worlds-reference")
+    worst = max(float((found[k] - expected[k]).abs().max()) for k in expected)
+    with capsys.disabled():
+        print(f"\n{sharding}: 2 to 1 to 2 processes, weights differ by at most {worst:.1e}")
+    assert worst < 1e-5
+
+
+def test_a_checkpoint_for_other_weights_is_refused(root, results, tmp_path):
+    from ditty.errors import RunMismatch
+    from ditty.pieces import Pieces
+
+    home = root / "homes" / "lora-ddp" / "checkpoints"
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(next(home.glob("step_*20")), folder)
+    (folder / "shard_00000.safetensors").unlink()
+    pieces = Pieces(folder)
+    with pytest.raises(RunMismatch, match="holds 0 of the 4 elements"):
+        pieces.read("weight/anything", 0, 4)
