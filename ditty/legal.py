@@ -22,6 +22,7 @@ class Strategy:
     precision: Precision
     optimizer: Optimizer
     cpu_offload: bool
+    gradient_checkpointing: bool
     world_size: int
     shard_size: int | None
 
@@ -42,6 +43,7 @@ class Strategy:
             train.precision,
             train.optimizer,
             train.cpu_offload,
+            train.gradient_checkpointing,
             world_size,
             shard_size,
         )
@@ -108,6 +110,13 @@ def _memory_problems(s: Strategy) -> Iterator[str]:
         yield (
             f"train.cpu_offload works with sharded weights or an int8 base, not with sharding: "
             f"{s.sharding}; use train.sharding: fsdp2, also for one process"
+        )
+
+    if s.cpu_offload and s.quantization is Quantization.INT8 and not s.gradient_checkpointing:
+        yield (
+            "train.cpu_offload with an int8 base streams layers to the GPU, and without "
+            "recomputation every one of them would stay there until the backward pass; "
+            "set train.gradient_checkpointing: true"
         )
 
 

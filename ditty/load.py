@@ -26,8 +26,12 @@ def load_module(folder: Path, spec: ModelSpec, train: TrainSpec, world: World) -
         from ditty.zero import load_zero3
 
         return load_zero3(folder, spec, train, world)
-    offload = train.cpu_offload and spec.quantization is Quantization.INT8
-    base = load_base(folder, spec, train.precision, world.device, cpu_offload=offload)
+    places = None
+    if spec.quantization is Quantization.INT8 and train.cpu_offload:
+        from ditty.offload import offload_options
+
+        places = offload_options(folder, spec, train, world.device)
+    base = load_base(folder, spec, train.precision, world.device, places=places)
     return prepare_model(
         base, spec, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing
     )

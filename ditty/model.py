@@ -38,16 +38,14 @@ def load_base(
     precision: Precision,
     device: torch.device,
     *,
-    cpu_offload: bool = False,
+    places: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load the whole base model; a pre-quantized folder as it is, nothing quantized again.
 
     Args:
-        cpu_offload: int8 layers that do not fit the GPU stay on the host, in fp32.
+        places: arguments of from_pretrained that put it elsewhere than on `device`
+            (offload.offload_options).
     """
-    options: dict[str, Any] = {"device_map": {"": device}}
-    if cpu_offload:
-        options = {"device_map": "auto", "quantization_config": _offloading_int8()}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -55,19 +53,18 @@ def load_base(
             attn_implementation=attention_name(spec),
             trust_remote_code=spec.trust_remote_code,
             local_files_only=True,
-            **options,
+            **(places or {"device_map": {"": device}}),
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the model in {folder}: {error}") from error
+        raise ModelError(f"cannot load the model in {folder}: {reason(error)}") from error
     model.config.use_cache = False
     keep_4bit_weights(model)
     return model
 
 
-def _offloading_int8() -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
+def reason(error: BaseException) -> str:
+    """The message of an exception that may be a wrapper with none of its own."""
+    return str(error) or str(error.__cause__ or type(error).__name__)
 
 
 def keep_4bit_weights(model: torch.nn.Module) -> None:
@@ -111,12 +108,25 @@ def add_adapter(
     except ValueError as error:
         raise ModelError(f"model.target_modules {spec.target_modules!r}: {error}") from error
     if not empty:
-        with torch.no_grad():
-            for name, parameter in trainable(adapted).items():
-                start = initial_adapter(name, parameter.shape, seed)
-                if start is not None:
-                    parameter.copy_(start)
+        _start_adapter(adapted, seed)
     return adapted
+
+
+def _start_adapter(adapted: torch.nn.Module, seed: int) -> None:
+    names = {id(p): name for name, p in trainable(adapted).items()}
+    device = next(p.device for p in adapted.parameters() if not p.is_meta)
+    for owner in adapted.modules():
+        for key, parameter in list(owner.named_parameters(recurse=False)):
+            if id(parameter) not in names:
+                continue
+            name = names[id(parameter)]
+            if parameter.is_meta:  # beside a layer that waits on the host
+                made = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+                parameter = owner._parameters[key] = torch.nn.Parameter(made)
+            start = initial_adapter(name, parameter.shape, seed)
+            if start is not None:
+                with torch.no_grad():
+                    parameter.copy_(start)
 
 
 def _check_saved_modules(model: PreTrainedModel, spec: ModelSpec) -> None:

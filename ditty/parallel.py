@@ -260,7 +260,17 @@ class FullySharded(_WithOptimizer):
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.cut.items():
-            yield name, parameter.full_tensor().detach().cpu().contiguous()
+            assert isinstance(parameter, DTensor)
+            # NCCL gathers on the GPU, also what is kept on the host.
+            here = DTensor.from_local(
+                parameter._local_tensor.detach().to(self.world.device),
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+            yield name, here.full_tensor().cpu().contiguous()
 
 
 @dataclass

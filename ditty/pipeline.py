@@ -8,7 +8,6 @@ from torch.utils.data import DataLoader
 
 from ditty import basemodel, stages
 from ditty.artifacts import Store, commit_dir
-from ditty.choices import Quantization
 from ditty.environment import resolve_device
 from ditty.errors import ModelError, RunBusy, SpecError
 from ditty.feed import LoaderFeed
@@ -101,7 +100,7 @@ class Pipeline:
 
     def weights_dir(self) -> Path:
         """The folder that is loaded: the base model's, or its quantized twin from the store."""
-        if self.spec.model.quantization is Quantization.NONE:
+        if not stages.prequantizes(self.spec):
             return self.model_dir()
         source = self.model_dir()
         ref = stages.prequantize_ref(self.spec, basemodel.key(self.base))

@@ -122,6 +122,10 @@ def _row_lengths(
     weight = layer.base_layer.weight
     columns = weight.shape[1]
     key = f"{checkpoint_name(name.partition(DORA_MAGNITUDE)[0])}.weight"
+    (magnitude,) = layer.lora_magnitude_vector.values()
+    if magnitude.fan_in_fan_out:  # GPT-2's Conv1D, embeddings: the rows are columns in the file
+        whole = files.read(key, 0, weight.numel(), weight.shape).view(weight.shape)
+        return torch.linalg.norm(whole.to(weight.dtype).T, dim=1)[start:stop]
     rows = files.read(key, start * columns, stop * columns, weight.shape).view(-1, columns)
     rows = rows.to(weight.dtype)
     return torch.linalg.norm(rows, dim=1).to(weight.dtype)

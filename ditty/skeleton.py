@@ -1,6 +1,7 @@
 """A model without weights: every parameter on the meta device, every layer in its place."""
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from ditty.choices import Quantization
 from ditty.errors import ModelError
-from ditty.model import attention_name, keep_4bit_weights
+from ditty.model import attention_name, keep_4bit_weights, reason
 from ditty.spec import ModelSpec
 from ditty.weights import WeightFiles
 
@@ -43,7 +44,9 @@ def empty_model(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> PreTrained
                 trust_remote_code=spec.trust_remote_code,
             )
         except (ValueError, KeyError, OSError, ImportError) as error:
-            raise ModelError(f"transformers cannot build the model of {folder}: {error}") from error
+            raise ModelError(
+                f"transformers cannot build the model of {folder}: {reason(error)}"
+            ) from error
         if spec.quantization is not Quantization.NONE:
             quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
@@ -56,8 +59,7 @@ def empty_model(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> PreTrained
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """What a model wants in fp32 whatever `dtype` (routers): from_pretrained sees to it, from_config
-    does not."""
+    """As from_pretrained, and not from_config: what a model wants in fp32 whatever `dtype`."""
     exceptions = model._get_dtype_plan(dtype)
     if not exceptions:
         return
@@ -93,8 +95,23 @@ def pack_quantized(model: PreTrainedModel, files: WeightFiles, device: torch.dev
         layer.weight = torch.nn.Parameter(empty, requires_grad=False)
         layer.quant_state = state
         layer.quant_storage = storage
+        layer.forward = partial(_forward_packed, layer)  # type: ignore[method-assign]
         packed.add(weight)
     return packed
+
+
+def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """bitsandbytes' Linear4bit.forward on bytes, whatever they are stored as.
+
+    Its own puts another parameter in the place of the sharding's, repacks weights on some CPUs,
+    and takes another kernel, which rounds otherwise, for weights not stored as bytes.
+    """
+    from bitsandbytes import matmul_4bit
+
+    weight = layer.weight.view(torch.uint8).view(-1, 1)
+    inside = x.to(layer.compute_dtype)
+    bias = None if layer.bias is None else layer.bias.to(layer.compute_dtype)
+    return matmul_4bit(inside, weight, bias=bias, quant_state=layer.quant_state).to(x.dtype)
 
 
 def fill_buffers(model: PreTrainedModel, files: WeightFiles, device: torch.device) -> None:
@@ -117,7 +134,7 @@ def fill_buffers(model: PreTrainedModel, files: WeightFiles, device: torch.devic
             if name in stored and name in files.sources:
                 value = files.read(name, 0, buffer.numel(), buffer.shape).to(device, buffer.dtype)
                 value = value.view(buffer.shape)
-                value._is_hf_initialized = True  # type: ignore[attr-defined]
+                value._is_hf_initialized = True
             else:
                 computed.append(key)
             module._buffers[key] = value
@@ -133,8 +150,8 @@ def _compute_buffers(
     for name in names:
         if torch.equal(before[name], module.get_buffer(name)):
             raise ModelError(
-                f"{prefix}.{name} is in no file, and transformers does not compute it again: this "
-                "model cannot be loaded in parts. Use train.sharding: ddp"
+                f"{f'{prefix}.{name}'.removeprefix('.')} is in no file, and transformers does not "
+                "compute it again: this model cannot be loaded in parts. Use train.sharding: ddp"
             )
 
 

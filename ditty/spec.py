@@ -173,7 +173,10 @@ class TrainSpec(Section):
     """`hybrid`: processes that share one copy; by default those of a machine."""
     cpu_offload: bool = False
     """`fsdp2`, `hybrid`, `zero3`: keep weights and optimizer in host memory between uses. `int8`:
-    layers that do not fit the GPU stay on the host in fp32."""
+    blocks that do not fit the GPU stay on the host, unquantized, and are streamed."""
+    offload_gpu_gb: float | None = Field(default=None, gt=0)
+    """`int8` with `cpu_offload`: GPU memory for the weights, in GB; by default 60% of what is
+    free."""
     optimizer: Optimizer = Optimizer.ADAMW
     """What turns gradients into new weights."""
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -197,6 +200,9 @@ class TrainSpec(Section):
     precision: Precision = Precision.BF16
     """`bf16` on GPUs, `fp16` on those before Ampere (with a loss scale that adapts); `fp32` for
     exact comparisons and on CPUs without bf16 units."""
+    deterministic: bool = True
+    """Kernels that add in a fixed order, so that a resume on GPUs is bitwise; off is a little
+    faster."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
     sampling: Sampling = Sampling.RANDOM

@@ -40,6 +40,8 @@ HARMLESS_TRAIN_KEYS = {
     "sharding",
     "shard_size",
     "cpu_offload",
+    "offload_gpu_gb",
+    "deterministic",
     "num_samples",
     "sample_steps",
     "sample_max_tokens",
@@ -121,7 +123,7 @@ def resolve(spec: RunSpec, store: Store) -> StageLine:
     refs += _data_refs(spec, "" if model_dir is None else basemodel.tokenizer_digest(model_dir))
     pack_key = refs[-1].key
     model_key = basemodel.key(base)
-    if spec.model.quantization is not Quantization.NONE:
+    if prequantizes(spec):
         refs.append(prequantize_ref(spec, model_key))
         model_key = refs[-1].key
     refs.append(make_ref("train", "train", training_identity(spec, model_key, pack_key)))
@@ -166,6 +168,12 @@ def _short(reference: str) -> str:
     return Path(reference).name if reference.startswith("/") else reference
 
 
+def prequantizes(spec: RunSpec) -> bool:
+    """Whether the base is quantized once, in a stage; int8 with offload is at each load."""
+    offloads = spec.train.cpu_offload and spec.model.quantization is Quantization.INT8
+    return spec.model.quantization is not Quantization.NONE and not offloads
+
+
 def prequantize_ref(spec: RunSpec, model_key: str) -> StageRef:
     """The stage that quantizes the base model `model_key` once."""
     inputs = {
@@ -191,7 +199,8 @@ def training_identity(spec: RunSpec, model_key: str, pack_key: str) -> dict[str,
     train = spec.train.model_dump(mode="json", exclude=HARMLESS_TRAIN_KEYS)
     if not spec.train.evaluation_decides:
         del train["eval_steps"]
-    model = spec.model.model_dump(mode="json", exclude={"base_model", "revision", "quantization"})
+    excluded = {"base_model", "revision"} | ({"quantization"} if prequantizes(spec) else set())
+    model = spec.model.model_dump(mode="json", exclude=excluded)
     return {
         "model": model_key,
         "data": pack_key,

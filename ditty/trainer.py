@@ -87,6 +87,9 @@ class Trainer:
         self.run, self.world = place.run, place.world
         self.beat = place.heartbeat or Heartbeat(None)
         self.total_steps = feed.total_steps(train)
+        # Flash attention, for one, adds up its backward pass in the order in which blocks end.
+        torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
         self.parallel = make_parallel(module, train, self.world)
         self.progress = Progress()
         self.loss_scale = LossScale.of(train.precision)
@@ -131,9 +134,9 @@ class Trainer:
             return
         if not self.world.from_main(best in self.run.committed_steps()):
             raise RunError(
-                f"the best weights so far are those of step {best}, and {self.run.checkpoint(best)} "
-                "is not there: bring it back from where this run was before, or train with another "
-                "name"
+                f"the best weights so far are those of step {best}, and "
+                f"{self.run.checkpoint(best)} is not there: bring it back from where this run was "
+                "before, or train with another name"
             )
 
     def _take_best(self) -> None:

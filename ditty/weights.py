@@ -45,7 +45,7 @@ class WeightFiles:
     Args:
         folder: config.json and safetensors.
         model: the model, on the meta device; its layers as the folder has them (quantized ones
-            replaced).
+            replaced). It learns how its weights were named, for save_pretrained.
     Raises:
         ModelError: no safetensors, or two weights in them that config.json makes one.
     """
@@ -81,6 +81,9 @@ class WeightFiles:
                 first = source.converter.target_patterns[0]
                 for other in source.converter.target_patterns[1:]:
                     self.sources.setdefault(source.target.replace(first, other), source)
+        # As from_pretrained: save_pretrained turns these back, and without them goes by the class's
+        # name, which is another once FSDP2 has cut the model.
+        model._weight_conversions = [rule for rule in rules if rule.was_used()]
 
     def _rename(
         self, name: str, renamings: list[Any], converters: list[Any], known: dict[str, Any]

@@ -103,7 +103,7 @@ def train(job: Job, attempt: Path) -> Result:
     if len(set(keys)) > 1:
         raise RunError(
             f"the machines run different specs: the training's key is {keys[0][:12]} on the first "
-            f"and {next(k for k in keys if k != keys[0])[:12]} on another. Start the same spec on all"
+            f"and {next(k for k in keys if k != keys[0])[:12]} on another. Start the same on all"
         )
     run = RunDir.named(job.spec.name, job.home)
     lock = run.training_lock()

@@ -100,6 +100,8 @@ def join_world(
             "Look at accelerate.yaml and launch.json of this attempt"
         )
     if device == "cuda":
+        # Before cuBLAS starts: a workspace a stream, without which it may add in another order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(state.local_process_index)
     where = torch.device(device, state.local_process_index if device == "cuda" else None)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -90,9 +90,6 @@ def _cut(module: torch.nn.Module, read: ReadPart, train: TrainSpec, world: World
                         made.exact_start = value  # until DeepSpeed's fp32 copy is there
                     made.data.view(-1)[start:stop] = value.to(made.device, made.dtype)
                 made.partition()
-                if key == "weight" and hasattr(owner, "quant_state"):
-                    # Else bitsandbytes puts a parameter of its own in this one's place.
-                    made.quant_state = owner.quant_state
                 done[id(empty)] = made
             owner._parameters[key] = done[id(empty)]
 
@@ -169,8 +166,12 @@ def _adamw(
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
-        fused=world.device.type == "cuda" and not train.cpu_offload,
+        fused=_fused(train, world),
     )
+
+
+def _fused(train: TrainSpec, world: World) -> bool:
+    return world.device.type == "cuda" and not train.cpu_offload
 
 
 class Zero3:
@@ -179,6 +180,7 @@ class Zero3:
     def __init__(self, module: torch.nn.Module, train: TrainSpec, world: World):
         self.module, self.model, self.world = module, base_model(module), world
         self.accumulation = train.gradient_accumulation_steps
+        self.fused = _fused(train, world)
         self.parameters = trainable(module)
         self.engine, *_ = _deepspeed(world).initialize(
             model=self.model,
@@ -248,8 +250,8 @@ class Zero3:
             flat, offset, _ = self._flat(self.parameters[part.name])
             held = self.zero.optimizer.state[flat]
             for key, value in state.items():
-                if value.ndim == 0:
-                    held[key] = value.clone()
+                if value.ndim == 0:  # fused AdamW counts its steps on the GPU
+                    held[key] = value.to(flat.device if self.fused else "cpu", copy=True)
                     continue
                 if key not in held:
                     held[key] = torch.zeros_like(flat, requires_grad=False)

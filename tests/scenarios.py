@@ -7,6 +7,7 @@ other: it joins a world, trains, and ends, or dies by SIGKILL where the scenario
     python -m tests.scenarios FILE
 """
 
+import gc
 import json
 import os
 import signal
@@ -26,10 +27,17 @@ def launch(path: Path, scenarios: list[dict[str, Any]], device: str = "cpu") -> 
 
     A scenario: name, processes, model_dir, data_dir, home (its run directory); optional: model and
     train (keys of the spec), stop_before and kill_before (steps), evaluate (bool), save (folder for
-    the result), weights (file for the trained weights).
+    the result), weights (file for the trained weights), fail_save ({rank, step, how}: `error` or
+    `kill` while that rank writes the checkpoint of that step), error (the DittyError that ends it
+    on all ranks), signals (that end the ranks; 0: none).
     """
     path.write_text(json.dumps({"device": device, "scenarios": scenarios}))
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+    }
     if device == "cpu":
         variables |= {
             "ACCELERATE_USE_CPU": "true",
@@ -46,13 +54,24 @@ def launch(path: Path, scenarios: list[dict[str, Any]], device: str = "cpu") -> 
         timeout=60 + 60 * len(scenarios),
     )
     found = {s["name"]: _read(path, s["name"]) for s in scenarios}
+    if device == "cuda":  # one that failed must not hide what the others measured
+        print(
+            _without_noise(done.stdout)[-4000:]
+            if any("losses" not in f for f in found.values())
+            else ""
+        )
+        return found
     for scenario in scenarios:
         result = found[scenario["name"]]
+        signals = scenario.get("signals")
         if scenario.get("kill_before") is not None:
-            expected = {"signals": [int(signal.SIGKILL)] * scenario["processes"]}
+            signals = [int(signal.SIGKILL)] * scenario["processes"]
+        if signals:
+            expected = {"signals": signals}
             assert result == expected, f"{scenario['name']}: {result}\n{done.stdout[-4000:]}"
             continue
-        assert "losses" in result, f"{scenario['name']}: {result}\n{done.stdout[-6000:]}"
+        wanted = "errors" if scenario.get("error") else "losses"
+        assert wanted in result, f"{scenario['name']}: {result}\n{done.stdout[-6000:]}"
         assert result["world_size"] == scenario["processes"]
     return found
 
@@ -70,10 +89,16 @@ def serve(path: Path) -> None:
         import datasets  # noqa: F401  (imported once, before the forks)
         import deepspeed  # noqa: F401
         import peft  # noqa: F401
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         import ditty.load
-        import ditty.trainer  # noqa: F401
+        import ditty.trainer
+        import ditty.zero  # noqa: F401
 
+        # What each rank would otherwise do again: a thousand regular expressions, and garbage
+        # collection (DeepSpeed asks for it) over all that the imports made.
+        get_checkpoint_conversion_mapping("llama")
+        gc.freeze()
         together = [[scenario] for scenario in scenarios]
     else:  # CUDA does not survive a fork: ranks import for themselves, and do several scenarios
         together = [list(g) for _, g in groupby(scenarios, lambda s: s["processes"])]
@@ -103,9 +128,9 @@ def _fork(path: Path, several: list[dict[str, Any]], device: str, who: tuple[int
     try:
         from ditty.world import join_world, leave_world
 
-        world = join_world(device, size)
+        world = join_world(device, size, 60.0)
         for scenario in several:
-            result = run(scenario, world)
+            result = _run_or_explain(scenario, world, device)
             if world.main:
                 Path(f"{path}.{scenario['name']}.json").write_text(json.dumps(result))
             _free_gpu(device)
@@ -117,6 +142,21 @@ def _fork(path: Path, several: list[dict[str, Any]], device: str, who: tuple[int
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _run_or_explain(scenario: dict[str, Any], world: Any, device: str) -> dict[str, Any]:
+    try:
+        return run(scenario, world)
+    except Exception:
+        if device == "cpu":
+            raise
+        traceback.print_exc()
+        return {"error": traceback.format_exc()[-1500:]}
+
+
+def _without_noise(output: str) -> str:
+    lines = output.splitlines()
+    return "\n".join(x for x in lines if not any(w in x for w in ("MatMul8bit", "Warning", "warn")))
 
 
 def _free_gpu(device: str) -> None:
@@ -134,8 +174,8 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
     """One training in this process; what came of it."""
     from safetensors.torch import save_file
 
+    from ditty import errors
     from ditty.data import read_rows
-    from ditty.evaluate import HeldOut
     from ditty.feed import packed_feed
     from ditty.load import load_module
     from ditty.model import save_trained
@@ -152,10 +192,19 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
     before = resident_bytes()
     module = load_module(model_dir, model, train, world)
     feed = Spy(packed_feed(read_rows(data_dir / "train.arrow"), train, world), scenario)
-    held_out = HeldOut(read_rows(data_dir / "eval.arrow")) if scenario.get("evaluate") else None
+    held_out = _held_out(scenario, read_rows(data_dir / "eval.arrow"), train)
+    if world.rank == scenario.get("fail_save", {}).get("rank"):
+        _fail_save(scenario["fail_save"])
     trainer = Trainer(module, feed, train, Place(run_dir, world, {"test": "same"}), held_out)
     loaded = resident_bytes() - before
-    outcome = trainer.fit()
+    try:
+        outcome = trainer.fit()
+    except errors.DittyError as error:
+        if type(error).__name__ != scenario.get("error"):
+            raise
+        left = sorted(p.name for p in run_dir.checkpoints.iterdir())
+        found = world.gather(str(error))
+        return {"world_size": world.world_size, "errors": found, "left": left}
     weights = whole_weights(trainer.parallel, world)
     if world.main and scenario.get("save"):
         save_trained(module, weights, str(model_dir), Path(scenario["save"]))
@@ -163,13 +212,15 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
         save_file(weights, scenario["weights"])
     records = list(run_dir.metrics())
     steps = [r for r in records if r["kind"] == "train"]
-    return {
+    result = {
         "world_size": world.world_size,
         "kind": type(trainer.parallel).__name__,
         "step": outcome.step,
         "finished": outcome.finished,
         "losses": [r["loss"].hex() for r in steps],
         "eval": [r["loss"].hex() for r in records if r["kind"] == "eval"],
+        "eval_steps": [r["step"] for r in records if r["kind"] == "eval"],
+        "samples": list(run_dir.samples()),
         "rates": [r["learning_rate"].hex() for r in steps],
         "norms": [r["grad_norm"] for r in steps],
         "tokens_per_second": steps[-1]["tokens_per_second"] if steps else None,
@@ -182,6 +233,40 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
         "best_step": trainer.progress.best_step,
         "loss_scale": trainer.loss_scale.scale,
     }
+    if hasattr(trainer.parallel, "engine"):
+        trainer.parallel.engine.destroy()  # DeepSpeed's buffers, for the next scenario's sake
+    return result
+
+
+def _held_out(scenario: dict[str, Any], rows: Any, train: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    from ditty.evaluate import HeldOut
+
+    if not scenario.get("evaluate"):
+        return None
+    if not train.num_samples:
+        return HeldOut(rows)
+    tokenizer = AutoTokenizer.from_pretrained(scenario["model_dir"])
+    return HeldOut(rows, tokenizer, train.num_samples, train.sample_max_tokens)
+
+
+def _fail_save(failure: dict[str, Any]) -> None:
+    """Let this process fail, or die, in the thread that writes the checkpoint of one step."""
+    import ditty.checkpoint
+    from ditty.rundir import step_name
+
+    write = ditty.checkpoint.write_pieces
+
+    def failing(path: Path, pieces: Any) -> None:
+        if step_name(failure["step"]) in path.parent.name:
+            path.write_bytes(b"half")
+            if failure["how"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(28, "No space left on device")
+        write(path, pieces)
+
+    ditty.checkpoint.write_pieces = failing
 
 
 def resident_bytes() -> int:

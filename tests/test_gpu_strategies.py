@@ -6,6 +6,7 @@ Takes as many GPUs as there are, up to DITTY_TEST_GPUS (default 2).
 """
 
 import os
+import re
 
 import pytest
 import torch
@@ -84,6 +85,15 @@ def scenario(root, name, sharding, model, precision, **options):
 
 
 def jobs(root):
+    only = re.compile(os.environ.get("DITTY_TEST_ONLY", ""))
+    return [job for job in all_jobs(root) if only.search(job["name"])]
+
+
+def all_jobs(root):
+    for dropout in (0.0, 0.1):
+        keys = {"lora_r": 8, "lora_dropout": dropout}
+        for repeat in "xy":
+            yield scenario(root, f"again-{dropout}-{repeat}", "ddp", keys, "fp32")
     for precision in ("fp32", "bf16"):
         for model, keys in MODELS.items():
             for sharding in SHARDINGS:
@@ -109,13 +119,19 @@ def jobs(root):
     offload = {"cpu_offload": True}
     yield scenario(root, "zero3-offload", "zero3", MODELS["full"], "bf16", train=offload)
     yield scenario(root, "int8-ddp", "ddp", {"lora_r": 8, "quantization": "int8"}, "bf16")
+    streamed = {"cpu_offload": True, "offload_gpu_gb": 0.012, "gradient_checkpointing": True}
+    keys = {"lora_r": 8, "quantization": "int8"}
+    yield {
+        **scenario(root, "int8-offload", "ddp", keys, "bf16", train=streamed),
+        "model_dir": str(root / "model"),
+    }
     yield scenario(root, "dora-ddp", "ddp", {"adapter": "dora", "lora_r": 8}, "bf16")
     yield scenario(root, "dora-fsdp2", "fsdp2", {"adapter": "dora", "lora_r": 8}, "bf16")
 
 
 @pytest.fixture(scope="module")
 def results(root):
-    return scenarios.launch(root / "job", list(jobs(root)), "cuda")
+    return scenarios.launch(root / "job", jobs(root), "cuda")
 
 
 def losses(result):
@@ -124,6 +140,11 @@ def losses(result):
 
 def difference(a, b):
     return max(abs(x - y) / y for x, y in zip(losses(a), losses(b), strict=True))
+
+
+def first_difference(a, b):
+    pairs = zip(a["losses"], b["losses"], strict=True)
+    return next((step for step, (x, y) in enumerate(pairs, 1) if x != y), None)
 
 
 def same_bits(root, results, a, b):
@@ -140,23 +161,34 @@ BOUNDS = {"fp32": 1e-5, "bf16": 1e-2}
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_matrix(root, results, precision, model, capsys):
-    reference = results[f"{precision}-{model}-ddp"]
+    reference, failures = results[f"{precision}-{model}-ddp"], []
     for sharding in SHARDINGS:
         name = f"{precision}-{model}-{sharding}"
         found = results[name]
         apart = difference(found, reference)
         resumed = same_bits(root, results, f"{name}-r", name)
+        resumed_at = first_difference(results[f"{name}-r"], found)
         with capsys.disabled():
             print(
-                f"\n{GPUS} GPU(s) {name}: {losses(found)[0]:.4f} to {losses(found)[-1]:.4f}, "
-                f"from ddp {apart:.1e}, resumed {'bitwise' if resumed else 'NOT bitwise'}, "
-                f"{found['kept'][0] / 1e6:.1f} MB kept",
+                f"\n{GPUS} GPU(s) {name}: {losses(found)[0]:.4f} to {losses(found)[-1]:.4f},",
                 end="",
             )
-        assert resumed, name
-        assert apart <= BOUNDS[precision], name
+            print(f" from ddp {apart:.1e} (step {first_difference(found, reference)}),", end="")
+            print(f" resumed {'bitwise' if resumed else f'otherwise from {resumed_at}'},", end="")
+            print(f" {found['kept'][0] / 1e6:.1f} MB kept", end="")
+        failures += [] if resumed else [f"{name} resumed otherwise"]
+        failures += [] if apart <= BOUNDS[precision] else [f"{name}: {apart}"]
         if sharding != "ddp" and GPUS > 1:
             assert max(found["kept"]) < 0.65 * reference["kept"][0]
+    assert not failures
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_same_training_again(root, results, dropout, capsys):
+    first, second = (results[f"again-{dropout}-{r}"] for r in "xy")
+    with capsys.disabled():
+        print(f"\nagain, dropout {dropout}: first difference {first_difference(first, second)}")
+    assert same_bits(root, results, f"again-{dropout}-x", f"again-{dropout}-y")
 
 
 @pytest.mark.parametrize("name", [*FSDP2_ODDITIES, "fp16-ddp", "fp16-fsdp2"])
@@ -181,6 +213,7 @@ def test_resumes_bitwise(root, results, name, capsys):
         ("fp16-fsdp2", "fp16-ddp"),
         ("dora-fsdp2", "dora-ddp"),
         ("int8-ddp", "bf16-lora-ddp"),
+        ("int8-offload", "bf16-lora-ddp"),
     ],
 )
 def test_the_losses_of_another_way(results, name, reference, capsys):
@@ -201,9 +234,8 @@ def test_nf4_bytes_survive_fsdp2_in_bf16_storage(root, results, tmp_path, capsys
         for k, v in load_file(next((root / "nf4-bf16").glob("*.safetensors"))).items()
         if v.dtype == torch.uint8 and k.endswith(".weight")
     }
-    nans = sum(int(v.view(torch.bfloat16).isnan().sum()) for v in packed.values())
+    nans = sum(int(v.flatten().view(torch.bfloat16).isnan().sum()) for v in packed.values())
     same = same_bits(root, results, "bf16-qlora-fsdp2", "bf16-qlora-ddp")
     with capsys.disabled():
         print(f"\nNF4 in bf16 storage: {nans} NaN patterns; equal to DDP bitwise: {same}", end="")
-    assert nans > 0
-    assert losses(results["bf16-qlora-fsdp2"])[0] == losses(results["bf16-qlora-ddp"])[0]
+    assert nans > 0 and same
