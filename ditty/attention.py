@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from ditty.batches import Batch
+from ditty.batches import Batch, flat_batch, to_device
 from ditty.errors import ModelError
 
 NAME = "ditty_packed"
@@ -137,6 +137,44 @@ def forward_kwargs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
             "max_length_k": batch["max_seqlen"],
         }
     return kwargs
+
+
+# On a GPU a product of matrices may round a row otherwise for what is in the other rows.
+LEAK_BOUND = {"cpu": 0.0, "cuda": 1e-3}
+
+
+@torch.no_grad()
+def check_isolation(forward: torch.nn.Module, model: PreTrainedModel, device: torch.device) -> None:
+    """Raise unless the documents of a flat batch leave each other alone in this model.
+
+    Two documents of 16 tokens, and once more with the first one reversed: the logits of the second
+    must stay what they are. Models with a state (Mamba) or with masks and positions of their own
+    (Bloom, OPT) take the documents for one text and say nothing.
+
+    Args:
+        forward: what is called; see Parallel. All processes take part.
+    Raises:
+        ModelError: they do not.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (32,), generator=generator)
+    other = torch.cat([ids[:16].flip(0), ids[16:]])
+    training = model.training
+    model.eval()
+    logits = []
+    for tokens in (ids, other):
+        batch = to_device(flat_batch(tokens, tokens, torch.tensor([16, 16])), device)
+        logits.append(forward(**forward_kwargs(model, batch)).logits[0, 16:].float())
+    model.train(training)
+    change = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
+    if change > LEAK_BOUND[device.type]:
+        raise ModelError(
+            f"{type(model).__name__} mixes the documents of a packed row with model.attention: "
+            f"{model.config._attn_implementation}: the text of one changes the logits of another "
+            f"by {change:.1e}. Set data.packing: false and train.micro_batch_size: 1, or use "
+            "another model"
+        )
 
 
 @contextmanager

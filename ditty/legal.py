@@ -112,6 +112,11 @@ def _memory_problems(s: Strategy) -> Iterator[str]:
             f"{s.sharding}; use train.sharding: fsdp2, also for one process"
         )
 
+    if s.cpu_offload and s.quantization is Quantization.INT8 and s.world_size > 1:
+        yield (
+            f"train.cpu_offload with an int8 base is for one GPU, and launch makes {s.world_size} "
+            "processes; use quantization: nf4 with train.sharding: fsdp2, or one process"
+        )
     if s.cpu_offload and s.quantization is Quantization.INT8 and not s.gradient_checkpointing:
         yield (
             "train.cpu_offload with an int8 base streams layers to the GPU, and without "

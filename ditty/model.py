@@ -64,6 +64,8 @@ def load_base(
 
 def reason(error: BaseException) -> str:
     """The message of an exception that may be a wrapper with none of its own."""
+    if isinstance(error, KeyError) and error.args == (attention.NAME,):
+        return "its architecture takes no attention but its own. Set model.attention: eager"
     return str(error) or str(error.__cause__ or type(error).__name__)
 
 

@@ -188,10 +188,10 @@ class Replicated(_WithOptimizer):
             loss.backward()
             return
         # DDP would average what is there already together with what comes: another rounding than
-        # that of the strategies that hold only their own part of the sum.
-        grads = self.gradients()
-        before = [g.clone() for g in grads]
-        torch._foreach_zero_(grads)
+        # that of the strategies that hold only their own part of the sum. And what autograd adds
+        # to a gradient in place, DDP may send before it is there (torch 2.11, seen on GPUs).
+        before = [g.clone() for g in self.gradients()]
+        self.skip()
         loss.backward()
         torch._foreach_add_(self.gradients(), before)
 

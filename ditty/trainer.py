@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ditty.attention import check_isolation
 from ditty.batches import Batch, supervised_tokens, to_device
 from ditty.checkpoint import Checkpointer
 from ditty.choices import FinalWeights
@@ -91,6 +92,7 @@ class Trainer:
         torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         self.parallel = make_parallel(module, train, self.world)
+        self.isolated = False  # not yet seen that documents of a batch leave each other alone
         self.progress = Progress()
         self.loss_scale = LossScale.of(train.precision)
         self.checkpointer = Checkpointer(
@@ -190,7 +192,14 @@ class Trainer:
         """(supervised tokens of the global batch, why to stop or ""), the same on all ranks."""
         asked = self.world.main and self.run.stop_file.exists()
         tokens = sum(supervised_tokens(b) for b in micro_batches)
-        total, signals, stops = self.world.sum([float(tokens), float(signalled), float(asked)])
+        several = any(len(b["cu_seqlens"]) > 2 for b in micro_batches)
+        here = [float(tokens), float(signalled), float(asked), float(several)]
+        total, signals, stops, packed = self.world.sum(here)
+        if packed and not self.isolated:
+            with autocast(self.world.device, self.train.precision):
+                check_isolation(self.parallel.forward, self.parallel.model, self.world.device)
+            self.parallel.rest()
+            self.isolated = True
         reason = "signal" if signals else "stop file" if stops else ""
         return int(total), reason
 

@@ -4,7 +4,6 @@ The oracles: DDP and one process for numbers, transformers' own `generate` for s
 training for the best weights, and a rule written out here for the step at which to stop.
 """
 
-import json
 import shutil
 
 import pytest
@@ -17,7 +16,6 @@ import ditty.trainer
 from ditty.errors import ArtifactDamaged, RunError, RunMismatch, SpecError
 from ditty.evaluate import HeldOut
 from ditty.load import load_module
-from ditty.progress import Progress
 from ditty.rundir import RunDir
 from ditty.spec import ModelSpec, TrainSpec
 from ditty.specfile import parse_spec
@@ -455,9 +453,3 @@ def test_nothing_to_decide_by_is_refused(here, key):
     values["data"] = {"source": "a.jsonl", "eval_fraction": 0}
     with pytest.raises(SpecError, match=r"data\.eval_fraction is 0; raise it"):
         parse_spec(values, where="here")
-
-
-def test_progress_survives_json_to_the_bit():
-    progress = Progress()
-    progress.note(3, 0.1 + 0.2, 0.0)
-    assert Progress(**json.loads(json.dumps(vars(progress)))) == progress

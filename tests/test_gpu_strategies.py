@@ -26,7 +26,8 @@ STEPS = 12
 MODELS = {
     "full": {"adapter": "none"},
     "lora": {"lora_r": 8, "lora_dropout": 0.1},
-    "qlora": {"lora_r": 8, "lora_dropout": 0.1, "quantization": "nf4"},
+    # No dropout: beside 4-bit layers it draws in bf16, in a pattern that depends on addresses.
+    "qlora": {"lora_r": 8, "quantization": "nf4"},
 }
 SHARDINGS = ("ddp", "fsdp2", "zero3")
 # On one GPU there is nothing to replicate: `ddp` is a single process.
@@ -119,14 +120,17 @@ def all_jobs(root):
     offload = {"cpu_offload": True}
     yield scenario(root, "zero3-offload", "zero3", MODELS["full"], "bf16", train=offload)
     yield scenario(root, "int8-ddp", "ddp", {"lora_r": 8, "quantization": "int8"}, "bf16")
-    streamed = {"cpu_offload": True, "offload_gpu_gb": 0.012, "gradient_checkpointing": True}
-    keys = {"lora_r": 8, "quantization": "int8"}
-    yield {
-        **scenario(root, "int8-offload", "ddp", keys, "bf16", train=streamed),
-        "model_dir": str(root / "model"),
-    }
     yield scenario(root, "dora-ddp", "ddp", {"adapter": "dora", "lora_r": 8}, "bf16")
     yield scenario(root, "dora-fsdp2", "fsdp2", {"adapter": "dora", "lora_r": 8}, "bf16")
+    streamed = {
+        "cpu_offload": True,
+        "offload_gpu_gb": 0.012,  # half of the blocks
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2 * GPUS,
+    }
+    keys = {"lora_r": 8, "quantization": "int8"}
+    offloaded = scenario(root, "int8-offload", "none", keys, "bf16", train=streamed)
+    yield {**offloaded, "model_dir": str(root / "model"), "processes": 1}
 
 
 @pytest.fixture(scope="module")

@@ -236,8 +236,8 @@ class StopAt:
         first = max(run.committed_steps(), default=0)
         calls = (self.step - first) * train.gradient_accumulation_steps
 
-        def count(*_):
-            self.calls += 1
+        def count(model, *_):
+            self.calls += model.training
             if self.calls == calls:
                 run.stop_file.touch()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, initialization
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from ditty import skeleton
@@ -133,6 +134,13 @@ def test_experts_in_either_layout(folders, tmp_path):
         folders["mixtral"] / "model.safetensors"
     )
     assert different(ours(tmp_path)[1], reference) == []
+
+
+def test_a_name_that_needs_no_renaming_is_left_alone(folders, monkeypatch):
+    """As in from_pretrained: a rule for an older layout may also match a name of the new one."""
+    rules = [WeightRenaming("model.norm", "model.final_norm")]
+    monkeypatch.setattr("ditty.weights.get_model_conversion_mapping", lambda *a: rules)
+    assert different(ours(folders["llama"])[1], theirs(folders["llama"])) == []
 
 
 @pytest.mark.parametrize(
