@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ditty.choices import Precision, Sharding
@@ -27,6 +27,7 @@ from ditty.sharded import first_element, is_cut
 from ditty.spec import TrainSpec
 from ditty.world import World
 
+BUCKET_ELEMENTS = 16 << 20
 LOSS_SCALE_START = 65536.0
 LOSS_SCALE_GROWTH_STEPS = 2000
 
@@ -128,9 +129,10 @@ class _WithOptimizer:
     optimizer: torch.optim.Optimizer
 
     def gradients(self) -> list[torch.Tensor]:
-        found = [p.grad for p in self.parameters.values()]
-        assert all(g is not None for g in found), "a trained parameter got no gradient"
-        return [g for g in found if g is not None]
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # not used in this batch
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def step(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -160,40 +162,35 @@ class _WithOptimizer:
 
 
 class Replicated(_WithOptimizer):
-    """Everything in each process; gradients are averaged over them (DDP)."""
+    """Everything in each process; gradients are averaged over them after each backward pass.
+
+    Not by torch's DistributedDataParallel: with gradients of small fp32 matrices (LoRA) it gave
+    other bits from one run to the next on GPUs (torch 2.11: in some runs the parameter whose
+    gradient came last). Nor does it know of micro batches before: it would average those once more.
+    """
 
     def __init__(self, module: torch.nn.Module, train: TrainSpec, world: World):
         self.module, self.model, self.world = module, base_model(module), world
+        self.forward: torch.nn.Module = self.model
         self.parameters = trainable(module)
         self.parts = [
             Part(name, tuple(p.shape), 0, p, world.main) for name, p in self.parameters.items()
         ]
         self.optimizer = make_optimizer(self.parameters, train)
-        self.forward: torch.nn.Module = self.model
-        if world.world_size > 1:
-            self._check_equal()
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            # All ranks have read the same files: sending the frozen base would only cost time.
-            self.forward = DistributedDataParallel(
-                self.model, device_ids=ids, init_sync=False, gradient_as_bucket_view=True
-            )
-
-    def _check_equal(self) -> None:
-        sums = [float(p.detach().double().sum()) for p in self.parameters.values()]
-        digests = self.world.gather(sums)
-        assert digests.count(digests[0]) == len(digests), "ranks start from different weights"
+        # All ranks have read the same files: sending the weights would only cost time.
+        sums = world.gather([float(p.detach().double().sum()) for p in self.parameters.values()])
+        assert sums.count(sums[0]) == len(sums), "ranks start from different weights"
 
     def backward(self, loss: torch.Tensor, index: int) -> None:
-        if index == 0 or self.world.world_size == 1:
+        if self.world.world_size == 1:
             loss.backward()
             return
-        # DDP would average what is there already together with what comes: another rounding than
-        # that of the strategies that hold only their own part of the sum. And what autograd adds
-        # to a gradient in place, DDP may send before it is there (torch 2.11, seen on GPUs).
-        before = [g.clone() for g in self.gradients()]
+        before = self.gradients() if index else []
         self.skip()
         loss.backward()
-        torch._foreach_add_(self.gradients(), before)
+        average(self.gradients(), self.world)
+        if before:
+            torch._foreach_add_(self.gradients(), before)
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.parameters.items():
@@ -241,9 +238,6 @@ class FullySharded(_WithOptimizer):
             if parameter.grad is not None:
                 self.parameters[name].grad = parameter.grad._local_tensor
                 parameter.grad = None
-        for local in self.parameters.values():
-            if local.grad is None and not local.numel():
-                local.grad = torch.zeros_like(local)
         return super().gradients()
 
     def skip(self) -> None:
@@ -271,6 +265,23 @@ class FullySharded(_WithOptimizer):
                 stride=parameter.stride(),
             )
             yield name, here.full_tensor().cpu().contiguous()
+
+
+def average(tensors: list[torch.Tensor], world: World) -> None:
+    """Replace each tensor by its mean over all processes, in messages of some megabytes."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in [*tensors, None]:
+        if tensor is not None:
+            bucket.append(tensor)
+            size += tensor.numel()
+        if bucket and (tensor is None or size >= BUCKET_ELEMENTS):
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            dist.all_reduce(flat)
+            flat /= world.world_size
+            parts = flat.split([t.numel() for t in bucket])
+            torch._foreach_copy_(bucket, [f.view_as(t) for f, t in zip(parts, bucket, strict=True)])
+            bucket, size = [], 0
 
 
 @dataclass
