@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from ditty import basemodel, stages
 from ditty.artifacts import Store, commit_dir
+from ditty.choices import FinalWeights
 from ditty.environment import resolve_device
 from ditty.errors import ModelError, RunBusy, SpecError
 from ditty.feed import LoaderFeed
@@ -50,7 +51,8 @@ class Pipeline:
         options: keys of the spec's sections `model` and `train`, or their older names
             (model_name_or_path, batch_size, grad_accum, checkpoint_every).
     Raises:
-        SpecError: an unknown option (with the nearest known one), or a value that does not fit.
+        SpecError: an unknown option (with the nearest known one), a value that does not fit, or
+            one that needs held-out rows.
     """
 
     def __init__(self, base_model: str = "", output_dir: str = "./output", **options: Any):
@@ -58,6 +60,7 @@ class Pipeline:
         base_model = options.pop("base_model", base_model)
         if not base_model:
             raise SpecError("Pipeline needs base_model: a hub id, a folder, or a .gguf file")
+        _refuse_evaluation(options)
         self.spec = _spec(base_model, options)
         self.output_dir = Path(output_dir).absolute()
         self.store = Store()
@@ -158,6 +161,21 @@ class Pipeline:
                 save_trained(module, weights, self.spec.model.base_model, out)
                 self.tokenizer.save_pretrained(out)
         return outcome
+
+
+def _refuse_evaluation(options: dict[str, Any]) -> None:
+    """Nothing is held out of the batches that `dataset()` gives."""
+    asked = {
+        "early_stopping_patience": options.get("early_stopping_patience") is not None,
+        "final_weights: best": options.get("final_weights") == FinalWeights.BEST,
+        "num_samples": bool(options.get("num_samples")),
+    }
+    for name, is_set in asked.items():
+        if is_set:
+            raise SpecError(
+                f"Pipeline: {name} needs held-out rows, and a Pipeline has none: write a spec for "
+                "`ditty run`, or use Trainer with held_out; or remove that option"
+            )
 
 
 def _spec(base_model: str, options: dict[str, Any]) -> RunSpec:

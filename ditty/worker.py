@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty.artifacts import Store
+from ditty.choices import FinalWeights
 from ditty.errors import DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.files import read_json
 from ditty.rundir import Result, RunDir, Status, write_result
@@ -143,7 +144,7 @@ def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
     beat("commit", outcome.step)
     weights = whole_weights(trainer.parallel, world)
     if world.main:
-        _commit(job, store, run, module, weights)
+        _commit(job, trainer, outcome, module, weights)
     world.gather(None)
     return Result(Status.OK, outcome.step)
 
@@ -176,23 +177,25 @@ def _heartbeat(attempt: Path, rank: int) -> Any:
     return Heartbeat(attempt / "heartbeat" / f"rank_{rank:05d}.json")
 
 
-def _commit(job: Job, store: Store, run: RunDir, module: Any, weights: dict[str, Any]) -> None:
+def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str, Any]) -> None:
     """The trained adapter or model as an artifact, with its tokenizer and its metrics."""
     from transformers import AutoTokenizer
 
     from ditty.model import save_trained
 
-    records = list(run.metrics())
+    records = list(trainer.run.metrics())
     facts: dict[str, Any] = {
         "stage": "train",
         "inputs": job.inputs,
         "run": job.spec.name,
         "base_model": job.spec.model.base_model,
-        "steps": max((r["step"] for r in records), default=0),
+        "steps": outcome.step,
         "eval": [{k: r[k] for k in ("step", "loss")} for r in records if r["kind"] == "eval"],
         "loss": next((r["loss"] for r in reversed(records) if r["kind"] == "train"), None),
     }
-    with store.commit("train", job.key, facts) as out:
+    if job.spec.train.final_weights is FinalWeights.BEST:
+        facts["best_step"] = trainer.progress.best_step  # the one that the weights are of
+    with Store(job.home).commit("train", job.key, facts) as out:
         save_trained(module, weights, job.spec.model.base_model, out)
         AutoTokenizer.from_pretrained(job.model_dir, local_files_only=True).save_pretrained(out)
 

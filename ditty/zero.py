@@ -70,17 +70,20 @@ def _cut(module: torch.nn.Module, read: ReadPart, train: TrainSpec, world: World
     kinds = {type(block) for block in skeleton.blocks(base_model(module))}
     deepspeed.utils.set_z3_leaf_modules(base_model(module), sorted(kinds, key=str))
     cutter = deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32)
+    # DeepSpeed cuts a whole tensor; all take turns in one whose rest is never touched.
+    largest = max(p.numel() for p in module.parameters())
+    spaces: dict[torch.dtype, torch.Tensor] = {}
     done: dict[int, torch.nn.Parameter] = {}
     names = {id(p): n for n, p in module.named_parameters()}
     for owner in module.modules():
         for key, empty in list(owner.named_parameters(recurse=False)):
             if id(empty) not in done:
-                made = torch.nn.Parameter(
-                    torch.empty(empty.shape, dtype=_kept_dtype(empty, train), device=world.device),
-                    requires_grad=empty.requires_grad,
-                )
+                dtype = _kept_dtype(empty, train)
+                if dtype not in spaces:
+                    spaces[dtype] = torch.empty(largest, dtype=dtype, device=world.device)
+                whole = spaces[dtype][: empty.numel()].view(empty.shape)
+                made = torch.nn.Parameter(whole, requires_grad=empty.requires_grad)
                 cutter._convert_to_deepspeed_param(made)
-                # The rest of this memory is never touched, and given back at once.
                 size = cutter._aligned_size(made) // world.world_size
                 start = min(size * world.rank, empty.numel())
                 stop = min(start + size, empty.numel())

@@ -1,17 +1,22 @@
 """Checkpoints of a run, copied to its upload target while it trains, and fetched from there.
 
-A copy that fails is said in the log and tried again; it never stops training.
+A copy that fails is said in the log and tried again; it never stops training. With each checkpoint
+goes the best one that it knows of, and goes first: a resume needs both.
 """
 
 import contextvars
 import logging
+import os
+import shutil
 import threading
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ditty.artifacts import Store
-from ditty.errors import ArtifactDamaged, DittyError
+from ditty.artifacts import Store, staging_dir
+from ditty.errors import ArtifactDamaged, DittyError, StoreError
+from ditty.files import fsync_path, read_json
 from ditty.identity import check_identity
 from ditty.remote import Remote, final_name
 from ditty.rundir import STEP_NAME, RunDir, step_name
@@ -34,10 +39,25 @@ def remote_steps(remote: Remote, run_name: str) -> list[int]:
     return sorted(int(match[1]) for n in names if (match := STEP_NAME.fullmatch(n)))
 
 
+def best_step(checkpoint: Path) -> int | None:
+    """The step whose weights are the best that a checkpoint knows of; None where it says nothing.
+
+    Raises:
+        ArtifactDamaged: its state is not JSON.
+    """
+    path = checkpoint / "state.json"
+    try:
+        found: int | None = (read_json(path) or {}).get("best_step")
+    except ValueError as error:
+        raise ArtifactDamaged(f"{path} is not JSON: {error}") from error
+    return found
+
+
 def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logger) -> int | None:
     """Download the newest checkpoint of the run if it is newer than the local ones.
 
-    Skipped while another process trains in the run directory. A damaged one is passed over.
+    Skipped while another process trains in the run directory. A damaged one is passed over, and
+    so is one whose best one is damaged.
 
     Returns:
         its step, or None where nothing was fetched.
@@ -45,10 +65,10 @@ def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logg
         RunMismatch: the target holds checkpoints of this name from another spec.
         ArtifactDamaged: there are only damaged ones, here none.
         RemoteError: the target cannot be asked: that is not "there is nothing".
+        StoreError: no room here.
     """
-    name = run.root.name
     local = run.committed_steps()
-    newer = [s for s in remote_steps(remote, name) if not local or s > local[-1]]
+    newer = [s for s in remote_steps(remote, run.root.name) if not local or s > local[-1]]
     lock = run.training_lock()
     if not newer or not lock.acquire(0):
         return None
@@ -56,8 +76,7 @@ def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logg
         problem: ArtifactDamaged | None = None
         for step in reversed(newer):
             try:
-                _check_identity(remote, remote_name(name, step), identity)
-                remote.get(remote_name(name, step), run.checkpoint(step))
+                _fetch(run, remote, step, identity)
             except ArtifactDamaged as error:
                 log.warning("%s; an older checkpoint is used", error)
                 problem = error
@@ -71,10 +90,32 @@ def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logg
     return None
 
 
-def _check_identity(remote: Remote, name: str, identity: dict[str, Any]) -> None:
+def _fetch(run: RunDir, remote: Remote, step: int, identity: dict[str, Any]) -> None:
+    """Commit the checkpoint of `step` here, after the best one that it knows of.
+
+    It waits in a staging directory, since its content tells which one that is.
+    """
+    there = remote_steps(remote, run.root.name)
+    staging = staging_dir(run.checkpoint(step))
+    waiting = staging / step_name(step)
+    try:
+        _get(remote, remote_name(run.root.name, step), waiting, identity)
+        best = best_step(waiting)
+        if best is not None and best != step and best in there:
+            _get(remote, remote_name(run.root.name, best), run.checkpoint(best), identity)
+        os.rename(waiting, run.checkpoint(step))
+        fsync_path(run.checkpoints)
+    except OSError as error:
+        raise StoreError(f"cannot write {run.checkpoint(step)}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _get(remote: Remote, name: str, final: Path, identity: dict[str, Any]) -> None:
     manifest = remote.manifest(name)
     if manifest:
         check_identity(identity, manifest.facts.get("identity", {}), f"{remote.url}/{name}")
+    remote.get(name, final)
 
 
 def fetch_result(store: Store, remote: Remote, run_name: str, key: str, log: Logger) -> bool:
@@ -95,7 +136,8 @@ class Mirror:
     """Within its block, a thread copies each newest committed checkpoint to the target.
 
     Args:
-        keep: checkpoints that stay at the target; older ones go after a newer one is committed.
+        keep: checkpoints that stay at the target, besides the best ones that they know of; older
+            ones go after a newer one is committed.
         log: safe to use from a thread.
     """
 
@@ -132,22 +174,29 @@ class Mirror:
         steps = self.run.committed_steps()
         if not steps or steps[-1] == self._copied:
             return True
-        step, name = steps[-1], remote_name(self.run.root.name, steps[-1])
+        step, run_name = steps[-1], self.run.root.name
         try:
-            self.remote.put(self.run.checkpoint(step), name)
+            best = best_step(self.run.checkpoint(step))
+            there = remote_steps(self.remote, run_name)
+            for step in (s for s in steps if s == steps[-1] or (s == best and s not in there)):
+                self.remote.put(self.run.checkpoint(step), remote_name(run_name, step))
+                self.log.info("checkpoint of step %d copied to %s", step, self.remote.url)
             self._copied = step
-            self.log.info("checkpoint of step %d copied to %s", step, self.remote.url)
-            self._retire()
+            self._retire(best)
         except (DittyError, OSError) as error:
-            if not self.run.checkpoint(step).exists():
+            if step not in self.run.committed_steps():
                 # A newer one took its place while it was copied: no error, but half a copy.
                 with suppress(DittyError, OSError):
-                    self.remote.delete(name)
+                    self.remote.delete(remote_name(run_name, step))
                 return self._copy_newest()
             self.log.warning("checkpoint of step %d was not copied: %s", step, error)
             return False
         return True
 
-    def _retire(self) -> None:
-        for step in remote_steps(self.remote, self.run.root.name)[: -self.keep]:
-            self.remote.delete(remote_name(self.run.root.name, step))
+    def _retire(self, best: int | None) -> None:
+        """Remove the oldest beyond `keep`; `best` is that of the newest, which may be gone here."""
+        steps = remote_steps(self.remote, self.run.root.name)
+        spared = {best, *(best_step(self.run.checkpoint(step)) for step in steps[-self.keep :])}
+        for step in steps[: -self.keep]:
+            if step not in spared:
+                self.remote.delete(remote_name(self.run.root.name, step))

@@ -14,10 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 
@@ -189,14 +192,13 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
     train = TrainSpec(**scenario["train"])
     run_dir = RunDir(Path(scenario["home"]))
     run_dir.root.mkdir(parents=True, exist_ok=True)
-    before = resident_bytes()
-    module = load_module(model_dir, model, train, world)
+    with PeakMemory() as loading:
+        module = load_module(model_dir, model, train, world)
     feed = Spy(packed_feed(read_rows(data_dir / "train.arrow"), train, world), scenario)
     held_out = _held_out(scenario, read_rows(data_dir / "eval.arrow"), train)
     if world.rank == scenario.get("fail_save", {}).get("rank"):
         _fail_save(scenario["fail_save"])
     trainer = Trainer(module, feed, train, Place(run_dir, world, {"test": "same"}), held_out)
-    loaded = resident_bytes() - before
     try:
         outcome = trainer.fit()
     except errors.DittyError as error:
@@ -228,7 +230,7 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
         "rows": _merged(world.gather(feed.seen)),
         "parts": world.gather(sum(p.value.numel() for p in trainer.parallel.parts)),
         "kept": world.gather(kept_bytes(module)),
-        "loaded": world.gather(loaded),
+        "loading_bytes": world.gather(loading.grown),
         "checkpoints": run_dir.committed_steps(),
         "best_step": trainer.progress.best_step,
         "loss_scale": trainer.loss_scale.scale,
@@ -269,11 +271,23 @@ def _fail_save(failure: dict[str, Any]) -> None:
     ditty.checkpoint.write_pieces = failing
 
 
-def resident_bytes() -> int:
-    """Of this process, now."""
-    import psutil
+class PeakMemory:
+    """How much more memory than at its beginning this process held at a time within the block."""
 
-    return int(psutil.Process().memory_info().rss)
+    def __enter__(self) -> "PeakMemory":
+        self.process, self.grown, self.done = psutil.Process(), 0, threading.Event()
+        self.before = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.002):
+            self.grown = max(self.grown, self.process.memory_info().rss - self.before)
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
 
 
 def kept_bytes(module: Any) -> int:

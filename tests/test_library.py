@@ -194,6 +194,16 @@ def test_pipeline_mistakes(tmp_path):
         Mine("x", learningrate=1)
     with pytest.raises(SpecError, match="needs base_model"):
         Mine()
+    for key, value in [
+        ("early_stopping_patience", 1),
+        ("final_weights", "best"),
+        ("num_samples", 2),
+    ]:
+        for more in ({}, {"eval_steps": 2}):
+            with pytest.raises(SpecError, match=f"{key}.*held-out rows.*`ditty run`.*Trainer"):
+                Mine("x", **{key: value}, **more)
     folder = str(make_model_folder(tmp_path / "model"))
+    unset = {"early_stopping_patience": None, "final_weights": "last", "num_samples": 0}
+    assert Mine(folder, **unset).spec.train.num_samples == 0
     with pytest.raises(NotImplementedError, match="override it"):
         Pipeline(folder, output_dir=str(tmp_path / "out"), max_steps=1, precision="fp32").run()

@@ -1,5 +1,6 @@
 """Checkpoints reach the upload target while training goes on, and come back to another machine."""
 
+import json
 import logging
 import shutil
 import time
@@ -38,8 +39,12 @@ def run(home: Path) -> RunDir:
     return RunDir.named("demo", home)
 
 
-def save(run: RunDir, step: int, identity: dict[str, Any] = IDENTITY) -> None:
+def save(
+    run: RunDir, step: int, identity: dict[str, Any] = IDENTITY, best: int | None = None
+) -> None:
     with commit_dir(run.checkpoint(step), {"step": step, "identity": identity}) as out:
+        if best is not None:
+            (out / "state.json").write_text(json.dumps({"step": step, "best_step": best}))
         (out / "state").write_text(f"state of step {step}")
         (out / "weights").write_text(f"weights of step {step}")
 
@@ -182,3 +187,117 @@ def test_nothing_is_written_beside_a_training_process(
     assert fetch_newer(other, remote, IDENTITY, LOG) is None
     lock.release()
     assert fetch_newer(other, remote, IDENTITY, LOG) == 1
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_the_best_one_stays_until_there_is_a_better(run: RunDir, remote: Remote, best: int) -> None:
+    with Mirror(run, remote, 2, LOG):
+        for step in (best, 2, 3, 4, 5):
+            save(run, step, best=best)
+            wait_for(lambda s=step: s in remote_steps(remote, "demo"))  # type: ignore[misc]
+        wait_for(lambda: remote_steps(remote, "demo") == [best, 4, 5])
+        for step in (6, 7):
+            save(run, step, best=6)
+            wait_for(lambda s=step: s in remote_steps(remote, "demo"))  # type: ignore[misc]
+    assert remote_steps(remote, "demo") == [6, 7]
+
+
+def test_the_best_one_stays_although_the_newest_goes_while_it_is_copied(
+    run: RunDir, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = remote.put
+
+    def retired(directory: Path, name: str) -> str:
+        digest = put(directory, name)
+        if directory == run.checkpoint(4):
+            shutil.rmtree(directory)
+        return digest
+
+    monkeypatch.setattr(remote, "put", retired)
+    delete, deleted = remote.delete, []
+    monkeypatch.setattr(remote, "delete", lambda name: (deleted.append(name), delete(name)))
+    for step in (1, 2, 3):
+        save(run, step, best=1)
+        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+    for step in (2, 3):
+        shutil.rmtree(run.checkpoint(step))
+    save(run, 4, best=1)
+    with Mirror(run, remote, 2, LOG):
+        wait_for(lambda: 2 not in remote_steps(remote, "demo"))
+    assert deleted == [mirror.remote_name("demo", 2)]
+
+
+def test_a_best_one_that_was_passed_over_is_copied_before_the_newest(
+    run: RunDir, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, names = remote.put, []
+    monkeypatch.setattr(remote, "put", lambda d, n: (names.append(n), put(d, n))[1])
+    for step in (1, 2, 3):
+        save(run, step, best=1)
+    with Mirror(run, remote, 2, LOG):
+        pass
+    assert remote_steps(remote, "demo") == [1, 3]
+    save(run, 4, best=1)
+    with Mirror(run, remote, 2, LOG):
+        pass
+    assert names == [mirror.remote_name("demo", step) for step in (1, 3, 4)]
+
+
+def test_a_best_step_without_a_checkpoint_changes_nothing(
+    run: RunDir, remote: Remote, tmp_path: Path
+) -> None:
+    save(run, 2, best=0)
+    save(run, 3, best=1)
+    with Mirror(run, remote, 2, LOG):
+        pass
+    assert remote_steps(remote, "demo") == [3]
+    other = RunDir.named("demo", tmp_path / "other")
+    assert fetch_newer(other, remote, IDENTITY, LOG) == 3
+    assert [p.name for p in other.checkpoints.iterdir()] == ["step_000000003"]
+
+
+def test_another_machine_gets_the_best_one_before_the_newest(
+    run: RunDir, remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        save(run, step, best=1)
+        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+    other = RunDir.named("demo", tmp_path / "other")
+    get, seen = remote.get, []
+
+    def watched(name: str, final: Path) -> Any:
+        seen.append((name, other.committed_steps()))
+        return get(name, final)
+
+    monkeypatch.setattr(remote, "get", watched)
+    assert fetch_newer(other, remote, IDENTITY, LOG) == 3
+    assert [steps for _, steps in seen] == [[], []], "the newest stood before the best was there"
+    assert sorted(p.name for p in other.checkpoints.iterdir()) == [
+        "step_000000001",
+        "step_000000003",
+    ]
+    for step in (1, 3):
+        assert verify(other.checkpoint(step)).digest == verify(run.checkpoint(step)).digest
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_passed_over(
+    run: RunDir, remote: Remote, tmp_path: Path
+) -> None:
+    for step, best in ((1, 1), (2, 2), (3, 2)):
+        save(run, step, best=best)
+        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+    damage(remote, 2)
+    other = RunDir.named("demo", tmp_path / "other")
+    assert fetch_newer(other, remote, IDENTITY, LOG) == 1
+    assert [p.name for p in other.checkpoints.iterdir()] == ["step_000000001"]
+
+
+def test_a_best_one_of_another_spec_is_refused(run: RunDir, remote: Remote, tmp_path: Path) -> None:
+    save(run, 1, {**IDENTITY, "data": "other rows"}, best=1)
+    save(run, 2, best=1)
+    for step in (1, 2):
+        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+    other = RunDir.named("demo", tmp_path / "other")
+    with pytest.raises(RunMismatch, match="data was 'other rows', now 'rows'"):
+        fetch_newer(other, remote, IDENTITY, LOG)
+    assert other.committed_steps() == []

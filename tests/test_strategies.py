@@ -9,14 +9,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from ditty.choices import Quantization
 from ditty.quantize import quantize
 from tests import scenarios
 from tests.tables_for_tests import write_rows
-from tests.tiny import make_model_folder, random_rows
+from tests.tiny import make_model_folder, random_rows, tiny_config
 
 STEPS = 20
+SHARD_MB = 8
 TRAIN = {
     "max_steps": STEPS,
     "precision": "fp32",
@@ -42,6 +44,9 @@ def root(tmp_path_factory):
     make_model_folder(root / "model")
     (root / "nf4").mkdir()
     quantize(root / "model", root / "nf4", Quantization.NF4, "float32")
+    wide = tiny_config(hidden_size=512, intermediate_size=1536, num_hidden_layers=12)
+    model = AutoModelForCausalLM.from_config(wide, dtype=torch.bfloat16)
+    model.save_pretrained(root / "wide", max_shard_size=f"{SHARD_MB}MB")
     write_rows(root / "data" / "train.arrow", random_rows(30))
     write_rows(root / "data" / "eval.arrow", random_rows(5, seed=1))
     return root
@@ -50,7 +55,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(root):
     """All trainings, in the order in which some build on others."""
-    jobs = [*_same_numbers(root), *_killed(root), *_changed_worlds(root)]
+    jobs = [*_loaded(root), *_same_numbers(root), *_killed(root), *_changed_worlds(root)]
     found = scenarios.launch(root / "job", jobs)
     return {name.replace(" ", "-"): result for name, result in found.items()}
 
@@ -72,6 +77,14 @@ def scenario(root, name, sharding, model, processes=2, **options):
         "weights": str(root / f"{name}.safetensors"),
         **options,
     }
+
+
+def _loaded(root):
+    """A model of some size in many small files; one step."""
+    once = {"max_steps": 1, "precision": "bf16"}
+    for sharding in ("ddp", *SHARDED):
+        job = scenario(root, f"wide-{sharding}", sharding, {"lora_r": 2}, train=once)
+        yield {**job, "model_dir": str(root / "wide")}
 
 
 def _same_numbers(root):
@@ -193,6 +206,18 @@ def test_another_number_of_processes_keeps_samples_and_rates(root, results, shar
     with capsys.disabled():
         print(f"\n{sharding}: 2 to 1 to 2 processes, weights differ by at most {worst:.1e}")
     assert worst < 1e-5
+
+
+def test_loading_takes_the_memory_of_the_own_part_and_one_file(root, results, capsys):
+    """Each process reads its slices: it never holds the model, nor a second file beside it."""
+    for sharding in SHARDED:
+        found, tiny = results[f"wide-{sharding}"], results[f"lora-{sharding}"]
+        fixed = max(tiny["loading_bytes"])  # modules, imports: what a model of no size takes
+        for kept, grown in zip(found["kept"], found["loading_bytes"], strict=True):
+            with capsys.disabled():
+                print(f"\n{sharding}: {grown / 1e6:.0f} MB to load a part of {kept / 1e6:.0f} MB")
+            assert kept < 0.55 * results["wide-ddp"]["kept"][0]
+            assert kept < grown < kept + fixed + 4 * SHARD_MB * 1_000_000
 
 
 def test_a_checkpoint_for_other_weights_is_refused(root, results, tmp_path):
