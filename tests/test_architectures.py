@@ -39,16 +39,18 @@ MODELS = {
 # wraps a parameter, not a layer.
 TRAININGS = {
     "full": list(TRAINED),
-    "lora": ["llama", "gpt_neox", "mistral", "qwen3", "gemma", "gpt2", "mixtral"],
-    "qlora": ["gpt_neox", "qwen3"],
+    "lora": ["gpt_neox", "gemma", "mixtral"],
+    "qlora": ["gpt_neox"],
     "dora": ["gpt2"],
 }
-SHARDINGS = {
-    "full": ("fsdp2", "zero3"),
-    "lora": ("fsdp2",),
-    "qlora": ("fsdp2",),
-    "dora": ("fsdp2",),
-}
+ZERO3 = ("llama_untied", "gpt2", "mixtral")
+
+
+def shardings(name, kind):
+    """ZeRO-3 cuts flat ranges, whatever the architecture: a few of them will do."""
+    return ("fsdp2", "zero3") if kind == "full" and name in ZERO3 else ("fsdp2",)
+
+
 SAVED = ("llama", "llama_untied", "gpt_neox", "mixtral")
 
 
@@ -71,7 +73,7 @@ def results(root):
         scenario(root, name, kind, sharding)
         for kind, names in TRAININGS.items()
         for name in names
-        for sharding in ("ddp", *SHARDINGS[kind])
+        for sharding in ("ddp", *shardings(name, kind))
     ]
     return scenarios.launch(root / "job", jobs)
 
@@ -102,7 +104,7 @@ def test_cut_or_whole_gives_the_same_bits(root, results, name, kind):
     reference = results[f"{name}-{kind}-ddp"]
     expected = load_file(root / f"{name}-{kind}-ddp.safetensors")
     assert len(set(reference["losses"])) == STEPS
-    for sharding in SHARDINGS[kind]:
+    for sharding in shardings(name, kind):
         found = results[f"{name}-{kind}-{sharding}"]
         assert found["losses"] == reference["losses"], sharding
         trained = load_file(root / f"{name}-{kind}-{sharding}.safetensors")

@@ -337,8 +337,8 @@ def test_a_run_saved_before_fp16_took_its_first_step_resumes(folder, tmp_path, m
     whole, _, metrics = run_trainer(folder, tmp_path, train, name="whole")
     module, calls = build(folder), []
 
-    def count(*_):
-        calls.append(None)
+    def count(module, *_):
+        calls.extend([None] * module.training)  # not those that look for leaks
         if len(calls) == 3 * train.gradient_accumulation_steps:
             RunDir(tmp_path / "run").stop_file.touch()
 

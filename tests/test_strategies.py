@@ -96,8 +96,9 @@ def _same_numbers(root):
         yield scenario(root, f"qlora-{sharding}", sharding, QLORA)
     yield scenario(root, "full1-none", "none", FULL, 1, train=one)
     yield scenario(root, "full-none", "none", FULL, 1)
-    yield scenario(root, "lora-hybrid", "hybrid", LORA, 4, train={**one, "shard_size": 2})
-    yield scenario(root, "lora-fsdp2-4", "fsdp2", LORA, 4, train=one)
+    four = {**one, "max_steps": 5}
+    yield scenario(root, "lora-hybrid", "hybrid", LORA, 4, train={**four, "shard_size": 2})
+    yield scenario(root, "lora-fsdp2-4", "fsdp2", LORA, 4, train=four)
 
 
 def _killed(root):
