@@ -21,7 +21,7 @@ from ditty.evaluate import HeldOut, autocast, complete, held_out_loss
 from ditty.feed import Feed
 from ditty.heartbeat import Heartbeat
 from ditty.loss import token_loss_sum
-from ditty.optim import learning_rate
+from ditty.optim import check_schedule, learning_rate
 from ditty.parallel import LossScale, gradient_norm, make_parallel, scale_gradients
 from ditty.progress import Progress
 from ditty.rng import seed_all
@@ -67,7 +67,8 @@ class Trainer:
         place: run directory, processes, identity.
         held_out: evaluated before the first and after the last step, and every `eval_steps`.
     Raises:
-        SpecError: the held-out loss is to decide, and no row is held out.
+        SpecError: the held-out loss is to decide, and no row is held out; or the schedule does not
+            take `train.schedule_options`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Trainer:
                 "held-out rows, and there are none: raise data.eval_fraction (a Trainer of your "
                 "own takes held_out), or remove those keys"
             )
+        check_schedule(train)
         self.feed, self.train, self.held_out = feed, train, held_out
         self.run, self.world = place.run, place.world
         self.beat = place.heartbeat or Heartbeat(None)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from ditty import attention
 from ditty.batches import collate
 from ditty.choices import Precision, Sampling
-from ditty.errors import ArtifactDamaged, RunError, RunMismatch
+from ditty.errors import ArtifactDamaged, RunError, RunMismatch, SpecError
 from ditty.evaluate import HeldOut, held_out_loss
 from ditty.feed import LoaderFeed, PackedFeed
 from ditty.loss import token_loss_sum
@@ -266,6 +266,11 @@ def test_no_checkpoint_verifies_is_an_error_and_no_fresh_start(folder, tmp_path)
         (run.checkpoint(step) / "state.json").unlink()
     with pytest.raises(ArtifactDamaged, match="none of the checkpoints"):
         run_trainer(folder, tmp_path, settings(max_steps=4, save_steps=2))
+
+
+def test_an_option_that_the_schedule_has_not_is_refused_before_a_step(folder, tmp_path):
+    with pytest.raises(SpecError, match="num_cycle"):
+        run_trainer(folder, tmp_path, settings(schedule_options={"num_cycle": 2}))
 
 
 def test_changed_spec_is_refused_and_named(folder, tmp_path):
