@@ -172,6 +172,9 @@ class Replicated(_WithOptimizer):
     def __init__(self, module: torch.nn.Module, train: TrainSpec, world: World):
         self.module, self.model, self.world = module, base_model(module), world
         self.forward: torch.nn.Module = self.model
+        self.before: list[torch.Tensor] = []  # gradients of earlier micro batches of the step
+        # In fp32, which is for exact comparisons, one process adds as two do: (a + b) + (c + d).
+        self.in_pairs = train.precision is Precision.FP32
         self.parameters = trainable(module)
         self.parts = [
             Part(name, tuple(p.shape), 0, p, world.main) for name, p in self.parameters.items()
@@ -182,15 +185,20 @@ class Replicated(_WithOptimizer):
         assert sums.count(sums[0]) == len(sums), "ranks start from different weights"
 
     def backward(self, loss: torch.Tensor, index: int) -> None:
-        if self.world.world_size == 1:
-            loss.backward()
-            return
-        before = self.gradients() if index else []
-        self.skip()
+        several = self.world.world_size > 1
+        if index and (several or (self.in_pairs and index % 2 == 0)):
+            self.before = self.gradients()
+            self.skip()
         loss.backward()
-        average(self.gradients(), self.world)
-        if before:
-            torch._foreach_add_(self.gradients(), before)
+        if several:
+            average(super().gradients(), self.world)
+
+    def gradients(self) -> list[torch.Tensor]:
+        found = super().gradients()
+        if self.before:
+            torch._foreach_add_(found, self.before)
+            self.before = []
+        return found
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.parameters.items():
