@@ -33,7 +33,7 @@ from ditty.identity import check_identity
 from ditty.parallel import Parallel, Part
 from ditty.pieces import Pieces, piece_name, write_pieces
 from ditty.rng import rng_state, seed_all, set_rng_state
-from ditty.rundir import RunDir
+from ditty.rundir import RunDir, best_step
 from ditty.world import World
 
 log = logging.getLogger(__name__)
@@ -167,21 +167,15 @@ class Checkpointer:
         """
         steps = self.run.committed_steps()
         try:
-            best = {self._best_of(step) for step in steps[-self.keep :]}
+            best = {best_step(self.run.checkpoint(step)) for step in steps[-self.keep :]}
             for step in steps[: -self.keep]:
                 if step not in best:
                     path = self.run.checkpoint(step)
                     (path / MANIFEST).unlink()
                     fsync_path(path)
                     shutil.rmtree(path, ignore_errors=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ArtifactDamaged) as error:
             log.warning("old checkpoints in %s stay: %s", self.run.checkpoints, error)
-
-    def _best_of(self, step: int) -> int | None:
-        found: int | None = (read_json(self.run.checkpoint(step) / "state.json") or {}).get(
-            "best_step"
-        )
-        return found
 
     def clear_staging(self) -> None:
         """Remove what saves that were cut short have left."""

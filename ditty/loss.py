@@ -17,7 +17,7 @@ def token_loss_sum(forward: torch.nn.Module, model: PreTrainedModel, batch: Batc
     that saves most of the vocabulary projection, and changes no value.
 
     Args:
-        forward: what is called: `model`, or a wrapper of it such as DDP.
+        forward: what is called: `model`, or a wrapper of it such as DeepSpeed's engine.
         model: the transformers model inside, for its configuration.
         batch: flat, on the model's device (batches.collate).
     """

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ditty import skeleton
 from ditty.choices import Quantization
+from ditty.model import base_dtype
 from ditty.spec import ModelSpec, TrainSpec
 
 FREE_SHARE = 0.6  # of the free GPU memory, for weights; the rest is for activations and adapters
@@ -22,8 +23,6 @@ def offload_options(
 ) -> dict[str, Any]:
     """What from_pretrained needs to load `folder` (not quantized) partly on the host."""
     from transformers import BitsAndBytesConfig
-
-    from ditty.model import base_dtype
 
     plain = spec.model_copy(update={"quantization": Quantization.NONE})
     model = skeleton.empty_model(folder, plain, base_dtype(spec, train.precision))

@@ -222,9 +222,7 @@ class FullySharded(_WithOptimizer):
             first_copy = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
             start = first_element(parameter) if local.numel() else 0
             self.parts.append(Part(name, tuple(parameter.shape), start, local, first_copy))
-        self.optimizer = make_optimizer(
-            {n: p for n, p in self.parameters.items() if p.numel()}, train
-        )
+        self.optimizer = make_optimizer(self.parameters, train)
 
     def _check_cut(self) -> None:
         held = sum(p._local_tensor.numel() for p in self.cut.values())
@@ -256,9 +254,6 @@ class FullySharded(_WithOptimizer):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def optimizer_state(self, part: Part) -> dict[str, Any]:
-        return super().optimizer_state(part) if part.value.numel() else {}
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.cut.items():

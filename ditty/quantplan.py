@@ -9,7 +9,6 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,22 +69,14 @@ def skeleton(
         ModelError: transformers cannot build it, or some of its large weights would silently stay
             as they are.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    from ditty.skeleton import build_empty
+
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    with ExitStack() as stack:
-        for context in PreTrainedModel.get_init_context(dtype, True, False, None):
-            stack.enter_context(context)
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-        except (ValueError, KeyError, OSError, ImportError) as error:
-            raise ModelError(f"transformers cannot build the model of {source}: {error}") from error
-        quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
-    model.hf_quantizer = quantizer
+    model = build_empty(
+        source, dtype, lambda config: quantizer, trust_remote_code=trust_remote_code
+    )
     _refuse_fused(model, source)
     return model
 
@@ -182,24 +173,13 @@ def _describe(
 
 
 def _renaming(model: "PreTrainedModel") -> Callable[[str], str]:
-    """From a checkpoint's name of a tensor to the model's, by transformers' rules for the model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
+    """From a checkpoint's name of a tensor to the model's."""
+    from ditty.weights import CheckpointNames
 
-    rules = get_model_conversion_mapping(model, None, _quantizer(model))
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    known = model.state_dict()
+    names = CheckpointNames(model)
 
     def rename(name: str) -> str:
-        prefix = model.base_model_prefix
-        found, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if found not in known and name in known:
-            return name  # a checkpoint in the new layout already
+        found, pattern = names.target(name)
         if pattern is not None:
             raise ModelError(
                 f"the checkpoint's tensor {name} is not {found} itself: transformers computes one "
@@ -212,17 +192,13 @@ def _renaming(model: "PreTrainedModel") -> Callable[[str], str]:
 
 def _casting(model: "PreTrainedModel", dtype: torch.dtype) -> Callable[[str], torch.dtype]:
     """What from_pretrained casts a parameter to: `dtype`, but for those a model keeps in fp32."""
-    from transformers.core_model_loading import build_glob_alternation
+    from ditty.weights import kept_in_fp32
 
-    exceptions = model._get_dtype_plan(dtype)
+    kept = kept_in_fp32(model, dtype)
     known = model.state_dict()
-    pattern, group_names, _ = build_glob_alternation(list(exceptions))
 
     def cast(name: str) -> torch.dtype:
-        match = pattern.search(name) if exceptions else None
-        if match is not None:
-            return exceptions[group_names[str(match.lastgroup)]]
-        return dtype if is_quantized(model, name) else known[name].dtype
+        return kept(name) or (dtype if is_quantized(model, name) else known[name].dtype)
 
     return cast
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty.artifacts import MANIFEST, default_home
-from ditty.errors import RunError
+from ditty.errors import ArtifactDamaged, RunError
 from ditty.files import FileLock, make_dir, read_json, write_json
 from ditty.spec import RUN_NAME
 
@@ -136,6 +136,20 @@ def _last_wins(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             records[(record["step"], record.get("kind", ""), record.get("index", 0))] = record
     yield from (records[key] for key in sorted(records))
+
+
+def best_step(checkpoint: Path) -> int | None:
+    """The step whose weights are the best that a checkpoint knows of; None where it says nothing.
+
+    Raises:
+        ArtifactDamaged: its state is not JSON.
+    """
+    path = checkpoint / "state.json"
+    try:
+        found: int | None = (read_json(path) or {}).get("best_step")
+    except ValueError as error:
+        raise ArtifactDamaged(f"{path} is not JSON: {error}") from error
+    return found
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

@@ -37,27 +37,44 @@ def load_sharded(folder: Path, spec: ModelSpec, train: TrainSpec, world: World) 
     Raises:
         ModelError: see WeightFiles and skeleton.
     """
+
+    def prepare(model: PreTrainedModel) -> None:
+        if train.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    module, files, read = empty_module(folder, spec, train, world, prepare)
+    cut(base_model(module), spec, train, world)
+    _to_empty(module, torch.device("cpu") if train.cpu_offload else world.device)
+    for name, parameter in module.named_parameters():
+        _fill(name, parameter, read)
+    log.info("rank %d read %.1f MB of the weights", world.rank, files.bytes_read / 1e6)
+    return module
+
+
+def empty_module(
+    folder: Path,
+    spec: ModelSpec,
+    train: TrainSpec,
+    world: World,
+    prepare: Callable[[PreTrainedModel], None],
+) -> tuple[torch.nn.Module, WeightFiles, ReadPart]:
+    """The module to train with its parameters on the meta device, and what reads parts of them.
+
+    Buffers, and the scales of quantized layers, are whole and in place.
+
+    Args:
+        prepare: called with the model before it gets its adapter.
+    Raises:
+        ModelError: see WeightFiles and skeleton.
+    """
     model = skeleton.empty_model(folder, spec, base_dtype(spec, train.precision))
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    prepare(model)
     files = WeightFiles(folder, model)
     packed = skeleton.pack_quantized(model, files, world.device)
     module = model if spec.adapter is Adapter.NONE else add_adapter(model, spec, 0, empty=True)
     module.train()
     skeleton.fill_buffers(model, files, world.device)
-    cut(model, spec, train, world)
-    home = torch.device("cpu") if train.cpu_offload else world.device
-    read = part_reader(model, files, packed, train.seed)
-    with torch.no_grad():
-        for owner in module.modules():
-            for key, parameter in list(owner.named_parameters(recurse=False)):
-                if not isinstance(parameter, DTensor):
-                    raise AssertionError(f"{key} of {type(owner).__name__} was not cut")
-    _to_empty(module, home)
-    for name, parameter in module.named_parameters():
-        _fill(name, parameter, read)
-    log.info("rank %d read %.1f MB of the weights", world.rank, files.bytes_read / 1e6)
-    return module
+    return module, files, part_reader(model, files, packed, train.seed)
 
 
 def cut(model: PreTrainedModel, spec: ModelSpec, train: TrainSpec, world: World) -> None:
@@ -148,7 +165,7 @@ def _layer_of(name: str, model: PreTrainedModel) -> str:
 
 
 def _fill(name: str, parameter: torch.nn.Parameter, read: ReadPart) -> None:
-    assert isinstance(parameter, DTensor)
+    assert isinstance(parameter, DTensor), f"{name} was not cut"
     local = parameter._local_tensor
     start = first_element(parameter)
     if local.numel():

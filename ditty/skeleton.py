@@ -1,5 +1,6 @@
 """A model without weights: every parameter on the meta device, every layer in its place."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -7,20 +8,46 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
 
 from ditty.choices import Quantization
 from ditty.errors import ModelError
 from ditty.model import attention_name, keep_4bit_weights, reason
 from ditty.spec import ModelSpec
-from ditty.weights import WeightFiles
+from ditty.weights import WeightFiles, kept_in_fp32
 
-# What bitsandbytes' quantized weights are viewed as: FSDP2 and ZeRO-3 cut floating-point tensors.
-STORAGE = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.bfloat16,
-    torch.float16: torch.float16,
-}
+
+def build_empty(
+    folder: Path,
+    dtype: torch.dtype,
+    quantizer: Callable[[Any], Any],
+    *,
+    trust_remote_code: bool,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model of `folder` on the meta device, its layers replaced as in from_pretrained.
+
+    Args:
+        quantizer: from the folder's config to transformers' quantizer, or None.
+        options: of AutoModelForCausalLM.from_config.
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    with ExitStack() as stack:
+        for context in PreTrainedModel.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
+        except (ValueError, KeyError, OSError, ImportError) as error:
+            raise ModelError(
+                f"transformers cannot build the model of {folder}: {reason(error)}"
+            ) from error
+        if (replaces := quantizer(config)) is not None:
+            replaces.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
+            model.hf_quantizer = replaces
+    return model
 
 
 def empty_model(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
@@ -31,26 +58,18 @@ def empty_model(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> PreTrained
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    name = attention_name(spec)
-    with ExitStack() as stack:
-        for context in PreTrainedModel.get_init_context(dtype, False, False, None):
-            stack.enter_context(context)
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=name,
-                trust_remote_code=spec.trust_remote_code,
-            )
-        except (ValueError, KeyError, OSError, ImportError) as error:
-            raise ModelError(
-                f"transformers cannot build the model of {folder}: {reason(error)}"
-            ) from error
-        if spec.quantization is not Quantization.NONE:
-            quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
-            quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
-            model.hf_quantizer = quantizer
+    def quantizer(config: Any) -> Any:
+        if spec.quantization is Quantization.NONE:
+            return None
+        return AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+
+    model = build_empty(
+        folder,
+        dtype,
+        quantizer,
+        trust_remote_code=spec.trust_remote_code,
+        attn_implementation=attention_name(spec),
+    )
     _keep_in_fp32(model, dtype)
     model.tie_weights()
     model.config.use_cache = False
@@ -60,20 +79,17 @@ def empty_model(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> PreTrained
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """As from_pretrained, and not from_config: what a model wants in fp32 whatever `dtype`."""
-    exceptions = model._get_dtype_plan(dtype)
-    if not exceptions:
-        return
-    pattern, groups, _ = build_glob_alternation(list(exceptions))
+    kept = kept_in_fp32(model, dtype)
     for name, value in model.state_dict(keep_vars=True).items():
-        match = pattern.search(name)
-        if match is not None and value.is_floating_point():
-            value.data = value.data.to(exceptions[groups[str(match.lastgroup)]])
+        if value.is_floating_point() and (exception := kept(name)) is not None:
+            value.data = value.data.to(exception)
 
 
 def pack_quantized(model: PreTrainedModel, files: WeightFiles, device: torch.device) -> set[str]:
     """Give each 4-bit layer a packed meta weight of one column, and its scales on `device`.
 
-    The bytes are viewed as the layer's compute dtype; scales are whole in each process (a 30th of
+    The bytes are viewed as the layer's compute dtype, since FSDP2 and ZeRO-3 cut floating-point
+    tensors; scales are whole in each process (a 30th of
     the weights).
 
     Returns:
@@ -88,7 +104,7 @@ def pack_quantized(model: PreTrainedModel, files: WeightFiles, device: torch.dev
         if not isinstance(layer, Linear4bit) or weight not in files.statistics:
             continue
         state = QuantState.from_dict(files.read_statistics(weight), device=device)
-        storage = STORAGE[layer.compute_dtype]
+        storage = layer.compute_dtype
         size, odd = divmod(state.shape.numel() // 2, storage.itemsize)
         assert not odd, f"{weight}: {state.shape} does not fill whole {storage} numbers"
         empty = torch.empty(size, 1, dtype=storage, device="meta")

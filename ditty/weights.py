@@ -6,7 +6,7 @@ a weight that it computes from several tensors (a stack of experts) is computed 
 time, and cut.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,13 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from ditty.errors import ModelError
 from ditty.modelfolder import weight_files
@@ -37,6 +43,40 @@ class Source:
     tensors: list[tuple[Path, str, str]] = field(default_factory=list)
     converter: WeightConverter | None = None
     target: str = ""
+
+
+class CheckpointNames:
+    """What the names in a checkpoint mean to `model`, by transformers' rules for it."""
+
+    def __init__(self, model: PreTrainedModel):
+        quantizer = getattr(model, "hf_quantizer", None)
+        self.rules = get_model_conversion_mapping(model, None, quantizer)
+        self.renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
+        self.converters = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
+        self.prefix, self.known = model.base_model_prefix, model.state_dict()
+
+    def target(self, name: str) -> tuple[str, str | None]:
+        """(the model's name for a tensor, the pattern of the converter that makes one of it)"""
+        found, pattern = rename_source_key(
+            name, self.renamings, self.converters, self.prefix, self.known
+        )
+        if found not in self.known and name in self.known:
+            return name, None  # a checkpoint in the new layout already
+        return found, pattern
+
+
+def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """From a weight's name to what `model` wants it in whatever `dtype`, or None: as it comes."""
+    exceptions = model._get_dtype_plan(dtype)
+    if not exceptions:
+        return lambda name: None
+    pattern, groups, _ = build_glob_alternation(list(exceptions))
+
+    def kept(name: str) -> torch.dtype | None:
+        match = pattern.search(name)
+        return None if match is None else exceptions[groups[str(match.lastgroup)]]
+
+    return kept
 
 
 class WeightFiles:
@@ -60,18 +100,15 @@ class WeightFiles:
 
     def _find(self) -> None:
         model = self.model
-        rules = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        by_pattern = {p: c for c in converters for p in c.source_patterns}
-        known = model.state_dict()
+        names = CheckpointNames(model)
+        by_pattern = {p: c for c in names.converters for p in c.source_patterns}
         for file, name in _names(weight_files(self.folder)):
             owner, dot, statistic = name.partition(".weight.")
             if dot and statistic:  # bitsandbytes' "x.weight.absmax": goes with x.weight
-                found = self._rename(f"{owner}.weight", renamings, converters, known)[0]
+                found = names.target(f"{owner}.weight")[0]
                 self.statistics.setdefault(found, []).append((file, name))
                 continue
-            target, pattern = self._rename(name, renamings, converters, known)
+            target, pattern = names.target(name)
             source = self.sources.setdefault(target, Source(target=target))
             source.tensors.append((file, name, pattern or name))
             if pattern is not None and source.converter is None:
@@ -83,16 +120,7 @@ class WeightFiles:
                     self.sources.setdefault(source.target.replace(first, other), source)
         # As from_pretrained: save_pretrained turns these back, and without them goes by the class's
         # name, which is another once FSDP2 has cut the model.
-        model._weight_conversions = [rule for rule in rules if rule.was_used()]
-
-    def _rename(
-        self, name: str, renamings: list[Any], converters: list[Any], known: dict[str, Any]
-    ) -> tuple[str, str | None]:
-        prefix = self.model.base_model_prefix
-        found, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if found not in known and name in known:
-            return name, None  # a checkpoint in the new layout already
-        return found, pattern
+        model._weight_conversions = [rule for rule in names.rules if rule.was_used()]
 
     def _check_tied(self) -> None:
         """Raise for tied weights that differ: from_pretrained unties those, after a warning."""
@@ -173,8 +201,6 @@ class WeightFiles:
 
 def _names(files: list[Path]) -> list[tuple[Path, str]]:
     """(file, tensor) in the order in which transformers converts them: layer 2 before layer 10."""
-    from transformers.core_model_loading import dot_natural_key
-
     found = []
     for file in files:
         with safe_open(file, framework="pt") as opened:

@@ -159,8 +159,7 @@ def _load(job: Job, world: Any) -> tuple[Any, Any, Any]:
 
     spec = job.spec
     assert job.data_dir is not None, "training reads packed rows"
-    train = spec.train.model_copy(update={"sharding": spec.sharding})
-    module = load_module(job.model_dir, spec.model, train, world)
+    module = load_module(job.model_dir, spec.model, spec.train, world)
     feed = packed_feed(read_rows(job.data_dir / "train.arrow"), spec.train, world)
     held_out = HeldOut(
         read_rows(job.data_dir / "eval.arrow"),

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ditty import skeleton
 from ditty.choices import Adapter, Precision
 from ditty.errors import RunError
-from ditty.model import DTYPES, add_adapter, base_dtype, base_model, trainable
+from ditty.model import DTYPES, base_model, trainable
 from ditty.parallel import Part
-from ditty.sharded import ReadPart, part_reader
+from ditty.sharded import ReadPart, empty_module
 from ditty.spec import ModelSpec, TrainSpec
-from ditty.weights import WeightFiles
 from ditty.world import World
 
 log = logging.getLogger(__name__)
@@ -42,21 +42,20 @@ def load_zero3(folder: Path, spec: ModelSpec, train: TrainSpec, world: World) ->
     Raises:
         ModelError: see WeightFiles and skeleton.
     """
-    model = skeleton.empty_model(folder, spec, base_dtype(spec, train.precision))
-    if train.gradient_checkpointing:
-        # DeepSpeed frees a block's weights between forward and backward, which the other kind of
-        # checkpointing takes for a change of what is computed.
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-    if spec.adapter is not Adapter.NONE:
-        # DeepSpeed learns that a block's backward is done from the gradient of its input; without
-        # one it takes the first block for done before it has begun, and frees its weights.
-        model.enable_input_require_grads()
-    files = WeightFiles(folder, model)
-    packed = skeleton.pack_quantized(model, files, world.device)
-    module = model if spec.adapter is Adapter.NONE else add_adapter(model, spec, 0, empty=True)
-    module.train()
-    skeleton.fill_buffers(model, files, world.device)
-    _cut(module, part_reader(model, files, packed, train.seed), train, world)
+
+    def prepare(model: PreTrainedModel) -> None:
+        if train.gradient_checkpointing:
+            # DeepSpeed frees a block's weights between forward and backward, which the other kind
+            # of checkpointing takes for a change of what is computed.
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        if spec.adapter is not Adapter.NONE:
+            # DeepSpeed learns that a block's backward is done from the gradient of its input;
+            # without one it takes the first block for done before it has begun, and frees its
+            # weights.
+            model.enable_input_require_grads()
+
+    module, files, read = empty_module(folder, spec, train, world, prepare)
+    _cut(module, read, train, world)
     log.info("rank %d read %.1f MB of the weights", world.rank, files.bytes_read / 1e6)
     return module
 

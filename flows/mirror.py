@@ -16,10 +16,10 @@ from typing import Any
 
 from ditty.artifacts import Store, staging_dir
 from ditty.errors import ArtifactDamaged, DittyError, StoreError
-from ditty.files import fsync_path, read_json
+from ditty.files import fsync_path
 from ditty.identity import check_identity
 from ditty.remote import Remote, final_name
-from ditty.rundir import STEP_NAME, RunDir, step_name
+from ditty.rundir import STEP_NAME, RunDir, best_step, step_name
 
 POLL_SECONDS = 2.0
 RETRY_SECONDS = 30.0
@@ -37,20 +37,6 @@ def remote_steps(remote: Remote, run_name: str) -> list[int]:
     """Steps with a committed checkpoint at the target, ascending."""
     names = [n.rpartition("/")[2] for n in remote.names(f"{run_name}/checkpoints")]
     return sorted(int(match[1]) for n in names if (match := STEP_NAME.fullmatch(n)))
-
-
-def best_step(checkpoint: Path) -> int | None:
-    """The step whose weights are the best that a checkpoint knows of; None where it says nothing.
-
-    Raises:
-        ArtifactDamaged: its state is not JSON.
-    """
-    path = checkpoint / "state.json"
-    try:
-        found: int | None = (read_json(path) or {}).get("best_step")
-    except ValueError as error:
-        raise ArtifactDamaged(f"{path} is not JSON: {error}") from error
-    return found
 
 
 def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logger) -> int | None:

@@ -25,6 +25,23 @@ import psutil
 ROOT = Path(__file__).parent.parent
 
 
+def job(
+    root: Path, name: str, model: dict[str, Any], train: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """A scenario in two processes, on root/model and root/data unless `options` say otherwise."""
+    return {
+        "name": name,
+        "processes": 2,
+        "model_dir": str(root / "model"),
+        "data_dir": str(root / "data"),
+        "home": str(root / "homes" / options.pop("home", name)),
+        "model": model,
+        "train": train,
+        "weights": str(root / f"{name}.safetensors"),
+        **options,
+    }
+
+
 def launch(path: Path, scenarios: list[dict[str, Any]], device: str = "cpu") -> dict[str, Any]:
     """Run `scenarios` in turn; {name: what happened}.
 

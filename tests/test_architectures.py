@@ -80,16 +80,9 @@ def results(root):
 
 def scenario(root, name, kind, sharding):
     title = f"{name}-{kind}-{sharding}"
-    job = {
-        "name": title,
-        "processes": 2,
-        "model_dir": str(root / (f"{name}-nf4" if kind == "qlora" else name)),
-        "data_dir": str(root / "data"),
-        "home": str(root / "homes" / title),
-        "model": MODELS[kind],
-        "train": {**TRAIN, "sharding": sharding},
-        "weights": str(root / f"{title}.safetensors"),
-    }
+    folder = root / (f"{name}-nf4" if kind == "qlora" else name)
+    train = {**TRAIN, "sharding": sharding}
+    job = scenarios.job(root, title, MODELS[kind], train, model_dir=str(folder))
     if name in SAVED and (kind, sharding) == ("full", "fsdp2"):
         job["save"] = str(root / f"{name}-saved")
     if title == "mixtral-lora-fsdp2":

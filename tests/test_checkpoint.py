@@ -51,20 +51,10 @@ def results(root):
     return scenarios.launch(root / "job", list(_scenarios(root)))
 
 
-def scenario(root, name, *, home=None, sharding="ddp", processes=2, **options):
+def scenario(root, name, *, sharding="ddp", processes=2, **options):
     train = {**TRAIN, "sharding": sharding, **options.pop("train", {})}
     train["gradient_accumulation_steps"] *= 2 // processes
-    return {
-        "name": name,
-        "processes": processes,
-        "model_dir": str(root / "model"),
-        "data_dir": str(root / "data"),
-        "home": str(root / "homes" / (home or name)),
-        "model": {"adapter": "none"},
-        "train": train,
-        "weights": str(root / f"{name}.safetensors"),
-        **options,
-    }
+    return scenarios.job(root, name, {"adapter": "none"}, train, processes=processes, **options)
 
 
 def _scenarios(root):

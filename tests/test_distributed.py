@@ -13,30 +13,18 @@ from ditty.artifacts import Store
 from ditty.rundir import RunDir, Status
 from ditty.spec import ModelSpec
 from ditty.specfile import parse_spec
-from ditty.tables import write
+from tests.tables_for_tests import write_rows
 from tests.tiny import make_model_folder, random_rows
 
 KEY = "k" * 64
 
 
-def packed_schema():
-    import pyarrow as pa
-
-    names = ("input_ids", "labels", "lengths")
-    return pa.schema([(name, pa.list_(pa.int32())) for name in names])
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    import pyarrow as pa
-
     root = tmp_path_factory.mktemp("inputs")
     make_model_folder(root / "model")
-    (root / "data").mkdir()
-    for name, count, seed in (("train", 30, 0), ("eval", 5, 1)):
-        rows = random_rows(count, seed=seed)
-        table = pa.Table.from_pylist(rows, schema=packed_schema())
-        write(root / "data" / f"{name}.arrow", [table], packed_schema())
+    write_rows(root / "data" / "train.arrow", random_rows(30))
+    write_rows(root / "data" / "eval.arrow", random_rows(5, seed=1))
     return root
 
 

@@ -85,23 +85,13 @@ def results(root):
     return scenarios.launch(root / "job", [*_loud_and_quiet(root), *_stopping(root)])
 
 
-def scenario(root, name, sharding, model, *, data="data", home=None, **options):
+def scenario(root, name, sharding, model, *, data="data", **options):
     """Two processes with a row each, or one with both."""
     processes = 1 if sharding == "none" else 2
     train = {**TRAIN, "sharding": sharding, **options.pop("train", {})}
     train["gradient_accumulation_steps"] *= 2 // processes
-    return {
-        "name": name,
-        "processes": processes,
-        "model_dir": str(root / "model"),
-        "data_dir": str(root / data),
-        "home": str(root / "homes" / (home or name)),
-        "model": model,
-        "train": train,
-        "weights": str(root / f"{name}.safetensors"),
-        "evaluate": True,
-        **options,
-    }
+    options = {"evaluate": True, "processes": processes, **options}
+    return scenarios.job(root, name, model, train, data_dir=str(root / data), **options)
 
 
 def _loud_and_quiet(root):

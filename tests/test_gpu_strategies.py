@@ -71,18 +71,8 @@ def scenario(root, name, sharding, model, precision, **options):
     }  # fmt: skip
     kind = model.get("quantization")
     folder = {"nf4": f"nf4-{precision}", "int8": "int8"}.get(kind, "model")
-    return {
-        "name": name,
-        "processes": GPUS,
-        "model_dir": str(root / folder),
-        "data_dir": str(root / "data"),
-        "home": str(root / "homes" / options.pop("home", name)),
-        "model": model,
-        "train": train,
-        "weights": str(root / f"{name}.safetensors"),
-        "evaluate": True,
-        **options,
-    }
+    options = {"evaluate": True, "processes": GPUS, "model_dir": str(root / folder), **options}
+    return scenarios.job(root, name, model, train, **options)
 
 
 def jobs(root):

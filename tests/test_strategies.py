@@ -65,18 +65,8 @@ def scenario(root, name, sharding, model, processes=2, **options):
     if processes == 1 and sharding == "none":
         train["gradient_accumulation_steps"] *= 2
     folder = root / ("nf4" if model.get("quantization") == "nf4" else "model")
-    home = str(root / "homes" / options.pop("home", name))
-    return {
-        "name": name,
-        "processes": processes,
-        "model_dir": str(folder),
-        "data_dir": str(root / "data"),
-        "home": home,
-        "model": model,
-        "train": train,
-        "weights": str(root / f"{name}.safetensors"),
-        **options,
-    }
+    options = {"processes": processes, "model_dir": str(folder), **options}
+    return scenarios.job(root, name, model, train, **options)
 
 
 def _loaded(root):
