@@ -1,4 +1,7 @@
-"""The generators that models and data code draw from: seeded, saved, and kept apart."""
+"""The generators that models and data code draw from: seeded, saved, and kept apart.
+
+And the other source of chance: kernels that add in the order in which their blocks end.
+"""
 
 import random
 from collections.abc import Callable
@@ -15,6 +18,20 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Let this process use, where a choice is, only kernels that give the same bits each time.
+
+    Flash attention's backward pass follows PyTorch's switch. Memory-efficient attention, which
+    fp32 leads to, follows it only where the switch also turns operations without such a kernel into
+    errors; cuDNN's, which a mask in bf16 leads to, does not. Both are off, and there attention
+    takes memory for all pairs of tokens.
+    """
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(not deterministic)
 
 
 def rng_state() -> dict[str, torch.Tensor]:

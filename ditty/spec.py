@@ -201,8 +201,8 @@ class TrainSpec(Section):
     """`bf16` on GPUs, `fp16` on those before Ampere (with a loss scale that adapts); `fp32` for
     exact comparisons and on CPUs without bf16 units."""
     deterministic: bool = True
-    """Kernels that add in a fixed order, so that a resume on GPUs is bitwise; off is a little
-    faster."""
+    """Kernels that add in a fixed order, so that a resume on GPUs is bitwise. Off is a little
+    faster, and saves memory in fp32 or with `model.attention: sdpa`."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
     sampling: Sampling = Sampling.RANDOM

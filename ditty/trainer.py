@@ -24,7 +24,7 @@ from ditty.loss import token_loss_sum
 from ditty.optim import check_schedule, learning_rate
 from ditty.parallel import LossScale, gradient_norm, make_parallel, scale_gradients
 from ditty.progress import Progress
-from ditty.rng import seed_all
+from ditty.rng import choose_kernels, seed_all
 from ditty.rundir import RunDir, append_record
 from ditty.spec import TrainSpec
 from ditty.world import World, single
@@ -90,9 +90,7 @@ class Trainer:
         self.run, self.world = place.run, place.world
         self.beat = place.heartbeat or Heartbeat(None)
         self.total_steps = feed.total_steps(train)
-        # Flash attention, for one, adds up its backward pass in the order in which blocks end.
-        torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        choose_kernels(train.deterministic)
         self.parallel = make_parallel(module, train, self.world)
         self.isolated = False  # not yet seen that documents of a batch leave each other alone
         self.progress = Progress()

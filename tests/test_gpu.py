@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ditty.batches import collate, to_device
@@ -15,6 +16,7 @@ from ditty.evaluate import autocast
 from ditty.loss import token_loss_sum
 from ditty.model import load_base, prepare_model
 from ditty.quantize import quantize
+from ditty.rng import choose_kernels
 from ditty.rundir import Status
 from ditty.spec import ModelSpec
 from tests.test_distributed import adapter, inputs, losses, run_training  # noqa: F401
@@ -77,6 +79,27 @@ def test_quantized_training_step_equals_the_cpus(tmp_path):
         found.append((float(loss.detach()), norms))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_has_the_same_gradients_each_time(dtype):
+    """Memory-efficient attention adds up the queries' gradient as its blocks end."""
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 1, 16, 2000, 64, device=GPU, dtype=dtype)
+    mask = None if dtype is torch.float32 else torch.ones(2000, 2000, device=GPU).bool().tril()
+
+    def gradients():
+        q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        out.backward(torch.ones_like(out))
+        return torch.stack([q.grad, k.grad, v.grad])
+
+    try:
+        choose_kernels(deterministic=True)
+        first = gradients()
+        assert all(torch.equal(gradients(), first) for _ in range(30))
+    finally:
+        choose_kernels(deterministic=False)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -23,6 +23,7 @@ GPUS = min(torch.cuda.device_count(), int(os.environ.get("DITTY_TEST_GPUS", "2")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="no NVIDIA GPU")]
 
 STEPS = 12
+REPEATS = 6
 MODELS = {
     "full": {"adapter": "none"},
     "lora": {"lora_r": 8, "lora_dropout": 0.1},
@@ -85,6 +86,8 @@ def all_jobs(root):
         keys = {"lora_r": 8, "lora_dropout": dropout}
         for repeat in "xy":
             yield scenario(root, f"again-{dropout}-{repeat}", "ddp", keys, "fp32")
+    for repeat in range(REPEATS):
+        yield scenario(root, f"again-qlora-{repeat}", "fsdp2", MODELS["qlora"], "fp32")
     for precision in ("fp32", "bf16"):
         for model, keys in MODELS.items():
             for sharding in SHARDINGS:
@@ -183,6 +186,12 @@ def test_the_same_training_again(root, results, dropout, capsys):
     with capsys.disabled():
         print(f"\nagain, dropout {dropout}: first difference {first_difference(first, second)}")
     assert same_bits(root, results, f"again-{dropout}-x", f"again-{dropout}-y")
+
+
+def test_the_same_sharded_training_again_and_again(root, results):
+    """Sums in another order showed in one of ten trainings, mostly in a process's first."""
+    for repeat in range(1, REPEATS):
+        assert same_bits(root, results, "again-qlora-0", f"again-qlora-{repeat}"), repeat
 
 
 @pytest.mark.parametrize("name", [*FSDP2_ODDITIES, "fp16-ddp", "fp16-fsdp2"])
