@@ -33,7 +33,13 @@ RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 class Section(BaseModel):
     """A part of the spec: immutable, and a key it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Prefect's form shows titles: the keys themselves, as the spec file and errors have them.
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        field_title_generator=lambda name, _: name,
+    )
 
 
 class Operation(Section):

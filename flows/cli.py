@@ -16,6 +16,7 @@ from ditty.artifacts import Store, read_manifest
 from ditty.errors import DittyError
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
+from flows.serve_command import deploy, serve
 
 app = typer.Typer(
     help="Fine-tune Hugging Face causal language models, stage by stage.",
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(serve)
+app.command()(deploy)
 console = Console(highlight=False)
 
 SpecFile = Annotated[Path, typer.Argument(help="The spec, a YAML file.")]

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilterId
 from prefect.context import FlowRunContext
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
@@ -19,7 +22,8 @@ from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from ditty.stages import StageLine
 from flows import tasks
-from flows.progress import Event, EventState, emit
+from flows.publish import publish_stages
+from flows.sweep import crash_orphans
 from flows.training import CancelRequested, Work
 
 
@@ -41,19 +45,22 @@ def finetune(spec: RunSpec) -> dict[str, Any]:
     Raises:
         DittyError: what stopped it.
     """
+    call = tasks.Caller(spec, Store())
+    _bury_earlier_attempts()
     with ditty_logs():
         try:
-            return _stages(spec)
+            return _stages(call)
         except CancelRequested as error:
             # Prefect takes a state that is returned for the state of the run.
             return Cancelled(message=str(error))  # type: ignore[return-value]
+        finally:
+            publish_stages(call.book, spec.name)
 
 
-def _stages(spec: RunSpec) -> dict[str, Any]:
-    store = Store()
+def _stages(call: tasks.Caller) -> dict[str, Any]:
+    spec, store = call.spec, call.store
     line = preflight.check(spec, store)
     _begin(RunDir.named(spec.name, store.home), spec)
-    call = tasks.Caller(spec, store)
     line = _fetched(call, line)
     assert line.model_dir is not None, "the base model was fetched"
     preflight.check_model(spec, line)
@@ -75,6 +82,13 @@ def _stages(spec: RunSpec) -> dict[str, Any]:
     }
 
 
+def _bury_earlier_attempts() -> None:
+    """At a retry: what an attempt that was killed left as Running is not running."""
+    if flow_run.run_count > 1 and flow_run.id is not None:
+        with get_client(sync_client=True) as client:
+            crash_orphans(client, FlowRunFilterId(any_=[UUID(flow_run.id)]))
+
+
 def _begin(run: RunDir, spec: RunSpec) -> None:
     make_dir(run.root)
     if not run.spec_file.exists():
@@ -93,7 +107,7 @@ def _fetched(call: tasks.Caller, line: StageLine) -> StageLine:
     elif line.model_dir is None:
         call(tasks.fetch_hub, ref, line.base, call.store)
     else:
-        emit(Event(ref.title, EventState.CACHED))
+        call.skip(ref)
     return line if line.model_dir else stages.resolve(call.spec, call.store)
 
 

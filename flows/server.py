@@ -49,11 +49,11 @@ def local_server() -> Iterator[str]:
     if configured:
         yield configured
         return
-    place = make_dir(get_current_settings().home.expanduser() / "ditty-server")
-    with open(place / "users.lock", "ab") as users:
-        with locked(place / "start.lock"):
+    where = place()
+    with open(where / "users.lock", "ab") as users:
+        with locked(where / "start.lock"):
             fcntl.flock(users, fcntl.LOCK_SH)
-            url = _running(place) or _start(place)
+            url = running(where) or _start(where)
         with temporary_settings({PREFECT_API_URL: url}):
             try:
                 yield url
@@ -61,9 +61,26 @@ def local_server() -> Iterator[str]:
                 _flush()
 
 
-def _running(place: Path) -> str | None:
+def place() -> Path:
+    """The folder of this PREFECT_HOME's server: locks, address, logs."""
+    return make_dir(get_current_settings().home.expanduser() / "ditty-server")
+
+
+def running(place: Path) -> str | None:
+    """The API's url of the server that runs there."""
     found = read_json(place / "server.json")
     return found["url"] if found and is_healthy(found["url"]) else None
+
+
+def is_served(place: Path) -> bool:
+    """Is the server that runs there that of `ditty serve`?"""
+    return bool((read_json(place / "server.json") or {}).get("serves"))
+
+
+def command(host: str, port: int) -> list[str]:
+    """How to start Prefect's server in the foreground."""
+    uvicorn = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    return [*uvicorn, "--host", host, "--port", str(port), "--log-level", "error"]
 
 
 def is_healthy(url: str) -> bool:
@@ -77,12 +94,10 @@ def is_healthy(url: str) -> bool:
 def _start(place: Path) -> str:
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    uvicorn = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     with open(place / "log.txt", "wb") as output:
         watchdog = subprocess.Popen(
-            [sys.executable, "-m", "flows.watchdog", str(place), *uvicorn, *options],
+            [sys.executable, "-m", "flows.watchdog", str(place), *command("127.0.0.1", port)],
             env={**os.environ, **settings, **SERVER_ENVIRONMENT},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -100,12 +115,17 @@ def _start(place: Path) -> str:
 
 def _not_started(place: Path, code: int | None) -> str:
     ended = f"did not answer within {START_SECONDS:g} s" if code is None else f"ended with {code}"
-    lines = (place / "log.txt").read_text(errors="replace").splitlines()[-10:]
-    end = "\n  ".join(lines)
     return (
-        f"the local Prefect server {ended}. Set PREFECT_API_URL to a server of your own, or look "
-        f"at {place / 'log.txt'}, which ends with:\n  {end}"
+        f"the local Prefect server {ended}. Set PREFECT_API_URL to a server of your own. "
+        f"{end_of(place / 'log.txt')}"
     )
+
+
+def end_of(log: Path) -> str:
+    """A sentence that shows the last lines of a log."""
+    lines = log.read_text(errors="replace").splitlines()[-10:]
+    end = "\n  ".join(lines)
+    return f"Its log, {log}, ends with:\n  {end}"
 
 
 def _free_port() -> int:

@@ -1,6 +1,7 @@
 """The tasks of the flow: each makes one stage's artifact, or finds it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from prefect import State, Task, task
@@ -13,8 +14,9 @@ from ditty.remote import Remote, final_name
 from ditty.spec import RunSpec
 from ditty.stages import StageLine, StageRef
 from flows.caching import Reference, cached, reference
+from flows.costs import StageBook
 from flows.progress import Event, EventState, emit
-from flows.training import Work, passing, retry_delays, run_attempt
+from flows.training import Work, passing, retry_delays, run_attempt, training_slot
 
 
 @task(name="fetch", task_run_name="{ref.title}")
@@ -51,7 +53,8 @@ def make_model(ref: StageRef, work: Work) -> Reference:
 def train(ref: StageRef, work: Work) -> Reference:
     """All steps of training, in processes of their own."""
     if not work.store.find(ref.stage, ref.key):
-        run_attempt(ref, work)
+        with training_slot():
+            run_attempt(ref, work)
     return made(ref, work.store)
 
 
@@ -81,13 +84,18 @@ def made(ref: StageRef, store: Store) -> Reference:
 
 @dataclass(frozen=True)
 class Caller:
-    """Calls tasks under one policy and tells listeners.
+    """Calls tasks under one policy, tells listeners, and books what each stage took.
 
     Tasks are called directly, not submitted: a thread would not see SIGTERM.
     """
 
     spec: RunSpec
     store: Store
+
+    @cached_property
+    def book(self) -> StageBook:
+        """How the stages so far went."""
+        return StageBook(self.store)
 
     def __call__(self, stage_task: Task[Any, Any], ref: StageRef, *args: Any) -> Any:
         """Run a task that is not cached."""
@@ -97,6 +105,11 @@ class Caller:
         """Run a task unless the artifact of `ref` is there, recorded and verified."""
         assert ref.key, f"the key of {ref.title} is not known"
         return self._call(cached(self._retrying(stage_task, ref), self.store), ref, args)
+
+    def skip(self, ref: StageRef) -> None:
+        """A stage whose result is there without a task being asked."""
+        self.book.skip(ref)
+        emit(Event(ref.title, EventState.CACHED))
 
     def _retrying(self, stage_task: Task[Any, Any], ref: StageRef) -> Task[Any, Any]:
         return stage_task.with_options(
@@ -108,13 +121,16 @@ class Caller:
 
     def _call(self, stage_task: Task[Any, Any], ref: StageRef, args: tuple[Any, ...]) -> Any:
         emit(Event(ref.title, EventState.STARTED))
+        timing = self.book.start(ref)
         try:
             state: State[Any] = stage_task(ref, *args, return_state=True)  # type: ignore[assignment]
             result = state.result()
         except BaseException as error:
+            timing.end(EventState.FAILED)
             emit(Event(ref.title, EventState.FAILED, message=str(error)))
             raise
         ended = EventState.CACHED if state.name == "Cached" else EventState.DONE
+        timing.end(ended)
         emit(Event(ref.title, ended, message=summary(ref, self.store)))
         return result
 

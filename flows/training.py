@@ -1,8 +1,10 @@
 """The policy of training: attempts, retries, what is reported meanwhile, and when to give up."""
 
 import contextvars
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ from typing import Any
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
+from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
 from ditty import launch
@@ -26,11 +30,17 @@ from ditty.spec import RunSpec
 from ditty.stages import StageRef
 from flows.mirror import Logger, Mirror, fetch_newer, fetch_result
 from flows.progress import Event, EventState, emit
+from flows.publish import LiveReport
+from flows.report import RECENT_STEPS, artifact_key, duration, seconds_left
 from flows.watch import MetricsTail, StallWatch, level_of
 
 REPORT_SECONDS = 10.0
+LEAVING_SECONDS = 10.0  # for the last report; the API answers in 0.1 s, drawing takes a second
 # A cancel that the runner carries out is a SIGTERM within 12 s. After this, there is no runner.
 CANCEL_SECONDS = 20.0
+
+LIMIT_VARIABLE = "DITTY_TRAINING_LIMIT"
+LEASE_SECONDS = 60.0  # Prefect's minimum: when its holder was killed, a slot is free after that
 
 CRASH_FILE = "crashed.json"
 
@@ -71,6 +81,35 @@ class Work:
         }
 
 
+@contextmanager
+def training_slot() -> Iterator[None]:
+    """Hold a slot of the server's limit that DITTY_TRAINING_LIMIT names; none where it is not set.
+
+    A deployment sets it (deployments/prefect.yaml), so that one training at a time has the GPUs.
+
+    Raises:
+        RunError: the server has no such limit.
+    """
+    name = os.environ.get(LIMIT_VARIABLE)
+    if not name:
+        yield
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound as error:
+            raise RunError(
+                f"{LIMIT_VARIABLE}={name}, and this Prefect server has no such concurrency limit: "
+                "`ditty deploy` makes it"
+            ) from error
+    get_run_logger().info("waiting for a slot of %s", name)
+    # A slot whose lease cannot be renewed is no reason to throw away a training.
+    with concurrency(
+        name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False
+    ):
+        yield
+
+
 def run_attempt(ref: StageRef, work: Work) -> None:
     """One attempt at training; returns when `store/train/<key>` is committed.
 
@@ -89,7 +128,7 @@ def run_attempt(ref: StageRef, work: Work) -> None:
             fetch_newer(run, remote, ref.inputs, log)
             stack.enter_context(Mirror(run, remote, spec.train.keep_checkpoints, log))
         attempt = run.new_attempt("train")
-        reporter = Reporter(ref.title, run, attempt, log)
+        reporter = Reporter(ref.title, work, attempt, log)
         stack.enter_context(reporter.in_background())
         try:
             result = launch.run_stage(
@@ -133,11 +172,14 @@ def retry_delays(spec: RunSpec) -> list[float]:
 
 
 class Reporter:
-    """Turns what a training process leaves in files into logs, events and a progress artifact."""
+    """Turns what a training process leaves in files into logs, events, progress and a report."""
 
-    def __init__(self, title: str, run: RunDir, attempt: Path, log: Logger):
-        self.title, self.run, self.log = title, run, log
-        self.metrics = MetricsTail(run.metrics_file)
+    def __init__(self, title: str, work: Work, attempt: Path, log: Logger):
+        self.title, self.run, self.log = title, work.run, log
+        self.report = LiveReport(self.run, work.data_dir, work.spec.upload.url, log)
+        self.state = "training"
+        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds a step
+        self.metrics = MetricsTail(self.run.metrics_file)
         self.stall = StallWatch(attempt / "heartbeat")
         self.step, self.total, self.message = 0, 0, ""
         self.cancelled = threading.Event()
@@ -158,20 +200,24 @@ class Reporter:
         if self.cancelled.is_set():
             raise CancelRequested("the flow run was cancelled while nothing else could stop it")
         self.stall.check()
-        steps = [r for r in self.metrics.read() if r["kind"] == "train"]
-        if steps:
-            self._take(steps)
+        if self._read():
             emit(Event(self.title, EventState.PROGRESS, self.step, self.total, self.message))
         if self.total and time.monotonic() >= self._logged + REPORT_SECONDS:
             self.log.info("step %d/%d: %s", self.step, self.total, self.message)
             self._logged = time.monotonic()
 
-    def _take(self, steps: list[dict[str, Any]]) -> None:
+    def _read(self) -> bool:
+        """Take the new steps; were there any?"""
+        steps = [r for r in self.metrics.read() if r["kind"] == "train"]
+        if not steps:
+            return False
         last = steps[-1]
         self.step, self.total = last["step"], last["total_steps"]
         self.message = f"loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s"
+        self.recent.extend(step["seconds"] for step in steps)
         slowest = max(step["seconds"] for step in steps)
         self.stall.slowest_step = max(self.stall.slowest_step, slowest)
+        return True
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
@@ -185,9 +231,13 @@ class Reporter:
         thread.start()
         try:
             yield
+            self.state = "done"
+        except BaseException as error:
+            self.state = f"ended with {type(error).__name__}" + (f": {error}" if str(error) else "")
+            raise
         finally:
             done.set()
-            thread.join(REPORT_SECONDS)
+            thread.join(LEAVING_SECONDS)
 
     def _talk(self, done: threading.Event) -> None:
         artifact, cancelling_since = None, None
@@ -195,6 +245,8 @@ class Reporter:
         while not finished:
             finished = done.wait(REPORT_SECONDS)
             with suppress(Exception):  # the API is away: the next round says it all
+                if finished:
+                    self._read()  # nobody calls `check` any more
                 artifact = self._show(artifact)
                 if not is_cancelling():
                     cancelling_since = None
@@ -202,14 +254,18 @@ class Reporter:
                     cancelling_since = time.monotonic()
                 elif time.monotonic() >= cancelling_since + CANCEL_SECONDS:
                     self.cancelled.set()
+            with suppress(Exception):
+                self.report.refresh(self.state, last=finished)
 
     def _show(self, artifact: Any) -> Any:
         if not self.total:
             return artifact
         percent = 100 * self.step / self.total
         text = f"step {self.step}/{self.total}: {self.message}"
+        if left := seconds_left(self.step, self.total, list(self.recent)):
+            text += f", about {duration(left)} left"
         if artifact is None:
-            key = "train-" + "".join(c if c.isalnum() else "-" for c in self.run.root.name)
+            key = artifact_key("train", self.run.root.name)
             return create_progress_artifact(percent, key, text)
         update_progress_artifact(artifact, percent, text)
         return artifact

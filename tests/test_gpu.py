@@ -85,11 +85,11 @@ def test_quantized_training_step_equals_the_cpus(tmp_path):
 def test_attention_has_the_same_gradients_each_time(dtype):
     """Memory-efficient attention adds up the queries' gradient as its blocks end."""
     torch.manual_seed(0)
-    inputs = torch.randn(3, 1, 16, 2000, 64, device=GPU, dtype=dtype)
+    tensors = torch.randn(3, 1, 16, 2000, 64, device=GPU, dtype=dtype)
     mask = None if dtype is torch.float32 else torch.ones(2000, 2000, device=GPU).bool().tril()
 
     def gradients():
-        q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
+        q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         out.backward(torch.ones_like(out))
         return torch.stack([q.grad, k.grad, v.grad])

@@ -256,5 +256,5 @@ def test_logs_and_progress_reach_the_api(trainings: Trainings, impatient: None) 
     assert "step 5/10: loss 1.5000, 1,234 tokens/s" in logs
     assert not [message for message in logs if message.startswith("step 1/10 loss")]
     assert [(a.data, a.description) for a in artifacts if str(a.flow_run_id) == run_id] == [
-        (50.0, "step 5/10: loss 1.5000, 1,234 tokens/s")
+        (50.0, "step 5/10: loss 1.5000, 1,234 tokens/s, about 2 s left")
     ]

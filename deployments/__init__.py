@@ -1,0 +1,1 @@
+"""What `ditty deploy` puts on a Prefect server (prefect.yaml), and example specs."""

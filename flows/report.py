@@ -1,0 +1,401 @@
+"""The live report of a training: a picture of its losses, its newest samples, where things are.
+
+`markdown` is a pure function of what `History` has read and of what the run directory says. It
+gives at most MAX_BYTES, since each part of it has a bound of its own.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+import statistics
+import time
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unicodedata import category
+
+from ditty.artifacts import read_manifest
+from ditty.errors import ArtifactDamaged
+from ditty.rundir import RunDir
+
+if TYPE_CHECKING:  # matplotlib costs a second; the flow imports this module and may draw nothing
+    from matplotlib.axes import Axes
+
+MAX_BYTES = 200_000
+PICTURE_BYTES = 100_000  # a third more in base64
+POINTS = (800, 200, 50)  # of a curve; fewer where the picture gets too large
+INCHES, DPI = (9.0, 6.0), 100
+MAX_SAMPLES = 4
+LONGEST_TEXT = 800  # characters of a prompt or completion: at most 4 bytes each
+LONGEST_LINE = 300
+RECENT_STEPS = 20
+
+CURVES = ("loss", "learning_rate", "tokens_per_second", "memory_bytes", "seconds")
+
+
+@dataclass
+class Curve:
+    """Values by ascending step; a smaller step than the last one takes back what lies after it."""
+
+    names: Sequence[str]
+    steps: array = field(default_factory=lambda: array("q"))
+    values: dict[str, array] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = {name: array("d") for name in self.names}
+
+    def rewind(self, step: int) -> None:
+        """Forget `step` and all after it: the run was resumed before."""
+        if self.steps and self.steps[-1] >= step:
+            keep = bisect_left(self.steps, step)
+            for column in (self.steps, *self.values.values()):
+                del column[keep:]
+
+    def add(self, step: int, record: dict[str, Any]) -> None:
+        """Append; what is missing or not finite is NaN, which is not drawn."""
+        self.rewind(step)
+        self.steps.append(step)
+        for name, column in self.values.items():
+            value = record.get(name)
+            good = isinstance(value, (int, float)) and math.isfinite(value)
+            column.append(float(value) if good else math.nan)  # type: ignore[arg-type]
+
+    def __getitem__(self, name: str) -> array:
+        return self.values[name]
+
+    def known(self, name: str) -> list[float]:
+        """The finite values."""
+        return [value for value in self[name] if not math.isnan(value)]
+
+    def last(self, name: str) -> float | None:
+        """The newest value, if it is finite."""
+        column = self[name]
+        return column[-1] if column and not math.isnan(column[-1]) else None
+
+
+class History:
+    """What a run has appended to metrics.jsonl and samples.jsonl, read once each.
+
+    It keeps 48 bytes a step, and the newest samples, shortened.
+    """
+
+    def __init__(self, run: RunDir):
+        self.run = run
+        self.total = 0
+        self.train, self.evaluated = Curve(CURVES), Curve(["loss"])
+        self.samples: list[dict[str, Any]] = []
+        self._offsets: dict[Path, int] = {}
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.train.steps[-1] if self.train.steps else 0
+
+    def read(self) -> bool:
+        """Take what is new; returns whether there was anything."""
+        new = False
+        for record in self._records(self.run.metrics_file):
+            new = True
+            if record.get("kind") == "train":
+                self.total = int(record.get("total_steps", 0))
+                self.evaluated.rewind(record["step"])
+                self.train.add(record["step"], record)
+            elif record.get("kind") == "eval":
+                self.evaluated.add(record["step"], record)
+        for record in self._records(self.run.samples_file):
+            new = True
+            if self.samples and self.samples[0]["step"] != record["step"]:
+                self.samples = []
+            if len(self.samples) < MAX_SAMPLES:
+                texts = {k: shorten(str(v)) for k, v in record.items() if isinstance(v, str)}
+                self.samples.append({"step": record["step"], **texts})
+        return new
+
+    def _records(self, path: Path) -> Iterator[dict[str, Any]]:
+        """New complete lines; one cut short by a crash is passed over."""
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self._offsets.get(path, 0))
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offsets[path] = self._offsets.get(path, 0) + len(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    yield record
+
+
+def seconds_left(step: int, total: int, recent: Sequence[float]) -> float | None:
+    """Steps left x the median of what recent ones took; None where nothing is known."""
+    known = [s for s in recent if not math.isnan(s)]
+    return max(total - step, 0) * statistics.median(known) if known and total else None
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def data_facts(pack_dir: Path | None) -> dict[str, dict[str, Any]]:
+    """{"tokenize": facts, "pack": facts} as far as the manifests are there.
+
+    Args:
+        pack_dir: the artifact of `pack`, in a store.
+    """
+    if pack_dir is None:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        found["pack"] = read_manifest(pack_dir).facts
+        tokens = found["pack"].get("inputs", {}).get("tokens", "")
+        found["tokenize"] = read_manifest(pack_dir.parent.parent / "tokenize" / tokens).facts
+    except ArtifactDamaged:
+        pass  # the report then says less
+    return found
+
+
+def markdown(
+    history: History,
+    data: dict[str, dict[str, Any]],
+    state: str = "training",
+    upload_url: str | None = None,
+) -> str:
+    """The report, at most MAX_BYTES of UTF-8.
+
+    Args:
+        data: see `data_facts`.
+        state: what the run is doing, or how it ended.
+        upload_url: where checkpoints and the result are copied to.
+    """
+    run = history.run
+    sections = [
+        _heading(history, state),
+        _picture_section(history),
+        _numbers_section(history),
+        _samples_section(history.samples),
+        _data_section(data),
+        _places_section(run, upload_url),
+        "## Resume\n\n"
+        "The same name resumes from the newest checkpoint: run the same spec again "
+        f"(`ditty run SPEC.yaml`; the first run's is {code(str(run.spec_file))}), or press Retry "
+        "on this page if a deployment started it.",
+    ]
+    report = "\n\n".join(section for section in sections if section) + "\n"
+    assert len(report.encode()) <= MAX_BYTES, f"a report of {len(report.encode())} bytes"
+    return report
+
+
+def _heading(history: History, state: str) -> str:
+    step, total = history.step, history.total
+    done = f"step {step:,} of {total:,}" if total else "no step yet"
+    left = seconds_left(step, total, history.train["seconds"][-RECENT_STEPS:])
+    time_left = f", about {duration(left)} left" if left and state == "training" else ""
+    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    name = clean(history.run.root.name, LONGEST_LINE)
+    words = escape(clean(state, LONGEST_LINE))
+    return f"# {escape(name)}: {done}{time_left}\n\n{words} ({written})"
+
+
+def _picture_section(history: History) -> str:
+    if not history.train.steps:
+        return ""
+    image = picture(history)
+    if image is None:
+        return f"(No picture: it would have more than {PICTURE_BYTES:,} bytes.)"
+    return f"![loss](data:image/png;base64,{base64.b64encode(image).decode()})"
+
+
+def _numbers_section(history: History) -> str:
+    train, evaluated = history.train, history.evaluated
+    held_out = evaluated.known("loss")
+    memory = train.known("memory_bytes")
+    recent = [s for s in train["tokens_per_second"][-RECENT_STEPS:] if not math.isnan(s)]
+    rows = {
+        "loss": _format(train.last("loss"), ".4f"),
+        "held-out loss, first": _format(held_out[0] if held_out else None, ".4f"),
+        "held-out loss, newest": _format(evaluated.last("loss"), ".4f"),
+        "held-out loss, best": _format(min(held_out, default=None), ".4f"),
+        "learning rate": _format(train.last("learning_rate"), ".3g"),
+        "tokens a second": _format(statistics.median(recent) if recent else None, ",.0f"),
+        "peak memory of a process": _format(max(memory) / 2**30 if memory else None, ".2f", "GiB"),
+    }
+    return _table({name: value for name, value in rows.items() if value})
+
+
+def _format(value: float | None, how: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{how}} {unit}".rstrip()
+
+
+def _samples_section(samples: list[dict[str, Any]]) -> str:
+    if not samples:
+        return ""
+    parts = [f"## Samples of held-out rows at step {samples[0]['step']:,}"]
+    for number, sample in enumerate(samples, 1):
+        texts = [(k, sample[k]) for k in ("prompt", "completion", "reference") if k in sample]
+        parts += [f"**{number}, {name}**\n\n{fenced(text)}" for name, text in texts]
+    return "\n\n".join(parts)
+
+
+def _data_section(data: dict[str, dict[str, Any]]) -> str:
+    rows: dict[str, str] = {}
+    tokens, pack = data.get("tokenize", {}), data.get("pack", {})
+    for title, facts, name in (
+        ("rows", tokens, "rows"),
+        ("rows to train on", tokens, "train_rows"),
+        ("rows held out", tokens, "eval_rows"),
+        ("tokens", tokens, "tokens"),
+        ("supervised tokens", tokens, "supervised_tokens"),
+        ("rows cut at seq_len", tokens, "truncated"),
+        ("packed rows", pack, "rows"),
+        ("packed rows held out", pack, "eval_rows"),
+    ):
+        if isinstance(facts.get(name), int):
+            rows[title] = f"{facts[name]:,}"
+    if isinstance(pack.get("fill_rate"), float):
+        rows["filled with tokens"] = f"{pack['fill_rate']:.1%}"
+    dropped = tokens.get("dropped") or {}
+    for reason, count in sorted(dropped.items())[:20]:
+        rows[f"dropped: {escape(clean(reason, 80))}"] = f"{count:,}"
+    return f"## Data\n\n{_table(rows)}" if rows else ""
+
+
+def _places_section(run: RunDir, upload_url: str | None) -> str:
+    steps = run.committed_steps()
+    newest = ", ".join(f"{s:,}" for s in steps[-10:]) or "none yet"
+    lines = [
+        f"- here: {code(str(run.checkpoints))}, steps: {newest}",
+        f"- all of the run, with logs: {code(str(run.root))}",
+    ]
+    if upload_url:
+        lines.append(f"- copied to: {code(f'{upload_url}/{run.root.name}')}")
+    return "## Checkpoints\n\n" + "\n".join(lines)
+
+
+def _table(rows: dict[str, str]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "| --- | ---: |", *lines]) if rows else ""
+
+
+def picture(history: History) -> bytes | None:
+    """A PNG of the curves, at most PICTURE_BYTES; None where even few points do not fit."""
+    for points in POINTS:
+        image = _draw(history, points)
+        if len(image) <= PICTURE_BYTES:
+            return image
+    return None
+
+
+def _draw(history: History, points: int) -> bytes:
+    # Never pyplot: its state is global, and this is a thread of a flow.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    beside = below.twinx()
+    _line(above, history.train, "loss", points, color="tab:blue", label="loss")
+    _line(above, history.evaluated, "loss", points, color="tab:red", label="held-out loss")
+    _line(below, history.train, "learning_rate", points, color="tab:green")
+    _line(beside, history.train, "tokens_per_second", points, color="tab:gray", linewidth=0.8)
+    above.legend(loc="upper right")
+    above.grid(alpha=0.3)
+    above.set_ylabel("loss")
+    below.set_xlabel("step")
+    below.set_ylabel("learning rate", color="tab:green")
+    beside.set_ylabel("tokens/s", color="tab:gray")
+    beside.set_ylim(bottom=0)
+    out = io.BytesIO()
+    canvas.print_png(out)
+    return out.getvalue()
+
+
+def _line(axes: "Axes", curve: Curve, name: str, points: int, **style: Any) -> None:
+    steps, values = thin(curve.steps, curve[name], points)
+    few = len(steps) < 50
+    axes.plot(steps, values, marker="o" if few else "", markersize=4, **style)
+
+
+def thin(steps: Sequence[int], values: Sequence[float], points: int) -> tuple[Any, Any]:
+    """At most `points` of a curve: means over equally many values, NaN only where all are."""
+    import numpy as np
+
+    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    size = -(-len(x) // points)
+    if size <= 1:
+        return x, y
+    starts = np.arange(0, len(x), size)
+    good = ~np.isnan(y)
+    count = np.add.reduceat(good.astype(float), starts)
+    total = np.add.reduceat(np.where(good, y, 0.0), starts)
+    means = np.divide(total, count, out=np.full(len(starts), np.nan), where=count > 0)
+    lengths = np.diff(np.append(starts, len(x)))
+    return np.add.reduceat(x, starts) / lengths, means
+
+
+def clean(text: str, longest: int) -> str:
+    """One line of at most `longest` characters that every database and browser takes."""
+    return shorten(" ".join(text.split()), longest)
+
+
+def shorten(text: str, longest: int = LONGEST_TEXT) -> str:
+    """At most `longest` characters: the middle goes; no control characters, no lone surrogates."""
+    if len(text) > longest:
+        half = (longest - 3) // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    text = text.encode("utf-8", "replace").decode()
+    text = text.replace("\r\n", "\n")
+    return "".join(
+        c if c in "\n\t" or category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def escape(text: str) -> str:
+    """Plain text for a paragraph or a cell: no markup of markdown or HTML works in it."""
+    return re.sub(r"([\\`*_{}\[\]()<>#!|~&])", r"\\\1", text)
+
+
+def code(text: str) -> str:
+    """Text as inline code, whatever it holds."""
+    line = clean(text, LONGEST_LINE)
+    ticks = "`" * (_longest_run(line) + 1)
+    return f"{ticks} {line} {ticks}" if "`" in line else f"{ticks}{line}{ticks}"
+
+
+def fenced(text: str) -> str:
+    """Text as a block in which nothing is markup."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def artifact_key(kind: str, name: str) -> str:
+    """Prefect's key for what a run named `name` shows: lowercase letters, digits and dashes.
+
+    Other names are changed and get a hash after two dashes, which no unchanged one holds: two
+    names never share a key.
+    """
+    if re.fullmatch(r"[a-z0-9][a-z0-9-]*", name) and "--" not in name:
+        return f"{kind}-{name}"
+    changed = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"{kind}-{changed}--{hashlib.sha256(name.encode()).hexdigest()[:10]}"

@@ -1,0 +1,59 @@
+"""The commands `ditty serve` and `ditty deploy`."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ditty.errors import RunError
+
+console = Console(highlight=False)
+
+DEFAULT_PORT = 4200
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = DEFAULT_PORT,
+) -> None:
+    """Serve runs from the browser: server, worker and deployments on this machine.
+
+    PREFECT_SERVER_DATABASE_CONNECTION_URL names a PostgreSQL; by default it is an SQLite file.
+    """
+    from flows import serve as serving
+
+    def on_up(served: "serving.Served") -> None:
+        for made in served.applied.made:
+            console.print(f"[green]✓[/] {made}")
+        for name in served.applied.deployments:
+            console.print(f"[green]✓[/] deployment {name}")
+        console.print(f"database {served.database}; logs in {served.logs}", soft_wrap=True)
+        console.print(f"\n[bold]open[/] {served.url}/v2/deployments and press Run. Ctrl-C ends it")
+
+    console.print("starting Prefect's server")
+    serving.serve(host, port, on_up)
+    console.print("stopped; a training that ran has saved a checkpoint")
+
+
+def deploy() -> None:
+    """Put ditty's work pool, limit, automations and deployments on the server of PREFECT_API_URL.
+
+    What is there is brought up to date. A machine that trains then runs
+    `prefect worker start --pool ditty`.
+    """
+    from prefect.settings import get_current_settings
+
+    url = get_current_settings().api.url
+    if not url:
+        raise RunError(
+            "`ditty deploy` needs a server: set PREFECT_API_URL=http://host:4200/api. For one on "
+            "this machine: `ditty serve`"
+        )
+    from flows.deploy import POOL, apply
+
+    applied = apply()
+    for made in applied.made:
+        console.print(f"[green]✓[/] {made}")
+    for name in applied.deployments:
+        console.print(f"[green]✓[/] deployment {name}")
+    console.print(f"\nat {url}. On each machine that trains: prefect worker start --pool {POOL}")

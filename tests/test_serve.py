@@ -1,0 +1,109 @@
+"""`ditty serve`: the machine dies in the middle of a training, comes back, and Retry goes on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.exceptions import ObjectNotFound
+
+from ditty.demo import demo_spec
+from ditty.rundir import RunDir
+from ditty.spec import RunSpec
+from flows import deploy
+from tests.postgres import postgres
+from tests.processes import ROOT
+from tests.served import COMMAND, Serving, tiny_spec
+
+
+def test_the_parameters_of_each_deployment_are_a_spec() -> None:
+    for definition in deploy.definitions():
+        spec = RunSpec.model_validate(definition["parameters"]["spec"])
+        assert definition["entrypoint"] == "flows.finetune.finetune"
+        assert definition["work_pool"]["name"] == deploy.POOL
+        values = definition["work_pool"]["job_variables"]["env"]
+        assert values == {"DITTY_TRAINING_LIMIT": deploy.TRAINING_LIMIT}
+        assert spec.name == "demo"
+
+
+def test_the_default_of_the_form_is_the_demo() -> None:
+    (definition,) = deploy.definitions()
+    demo = yaml.safe_load((Path(demo_spec.__code__.co_filename).parent / "demo.yaml").read_text())
+    assert definition["parameters"]["spec"] == demo
+
+
+def test_deploying_twice_changes_nothing_that_a_person_changed(prefect_api: str) -> None:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+
+    with SyncPrefectClient(prefect_api) as client:
+        with pytest.raises(ObjectNotFound):
+            client.read_work_pool(deploy.POOL)
+        first = deploy.apply()
+        assert len(first.made) == 3
+        before = client.read_deployment_by_name("finetune/finetune")
+        client.update_global_concurrency_limit(
+            deploy.TRAINING_LIMIT, GlobalConcurrencyLimitUpdate(limit=4)
+        )
+        again = deploy.apply()
+        assert again.made == [] and again.deployments == first.deployments
+        assert client.read_deployment_by_name("finetune/finetune").id == before.id
+        assert client.read_global_concurrency_limit_by_name(deploy.TRAINING_LIMIT).limit == 4
+        assert len(client.read_automations_by_name(deploy.ZOMBIES)) == 1
+
+
+def test_another_server_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    own = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "serve", "--port", "9998"],
+        cwd=ROOT, env={**os.environ, **own}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "ditty deploy" in done.stderr and "http://127.0.0.1:9/api" in done.stderr
+
+
+@pytest.mark.service
+@pytest.mark.parametrize("database", ["postgresql", pytest.param("sqlite", marks=pytest.mark.slow)])
+def test_the_machine_dies_and_retry_goes_on(tmp_path: Path, database: str) -> None:
+    if database == "sqlite":
+        _die_and_retry(Serving(tmp_path), "SQLite")
+        return
+    with postgres() as url:
+        variables = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
+        _die_and_retry(Serving(tmp_path, variables), "PostgreSQL at 127.0.0.1")
+
+
+def _die_and_retry(served: Serving, database: str) -> None:
+    try:
+        printed = served.start()
+        assert database in printed and "✓ work pool ditty" in printed
+        spec = tiny_spec(served.folder, "walk", steps=800)
+        flow_run = served.trigger(spec)
+        run = RunDir.named("walk", served.home)
+        served.wait(lambda: run.committed_steps(), 60)
+        killed = served.processes()
+        assert any("ditty.worker" in " ".join(p.cmdline()) for p in killed), "it was not training"
+        served.kill()
+        (saved, *_) = run.committed_steps()
+        assert run.committed_steps()[-1] < 800
+
+        printed = served.start()
+        assert "✓ work pool" not in printed, "made again what was there"
+        assert served.state(flow_run) == "Running", "nobody is left to say otherwise"
+        served.wait(lambda: served.state(flow_run) == "Crashed", 120)
+        served.wait(lambda: served.tasks(flow_run)["train", "Crashed"] == 1, 30)
+        assert "Retry" in str(served.run(flow_run).state)
+        served.retry(flow_run)
+        served.wait(lambda: served.state(flow_run) in ("Completed", "Failed", "Crashed"), 150)
+        assert served.state(flow_run) == "Completed", served.logs()
+        log = (run.attempts("train")[1] / "log.txt").read_text()
+        assert saved > 0 and "training from step 0 " not in log
+        with served.client() as client:
+            assert client.read_flow_run(flow_run).run_count == 2
+        states = served.tasks(flow_run)
+        for stage in ("load", "tokenize", "pack"):
+            assert states[stage, "Cached"] == 1, states
+    finally:
+        served.stop()
