@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 
 from ditty.demo import demo_spec
@@ -105,5 +110,27 @@ def _die_and_retry(served: Serving, database: str) -> None:
         states = served.tasks(flow_run)
         for stage in ("load", "tokenize", "pack"):
             assert states[stage, "Cached"] == 1, states
+        _is_done_again_when_due(served, spec)
     finally:
         served.stop()
+
+
+def _is_done_again_when_due(served: Serving, spec: dict[str, Any]) -> None:
+    """A schedule in a time zone: the run comes by itself, and finds all stages made."""
+    due = datetime.now(UTC) + timedelta(seconds=5)
+    daily = IntervalSchedule(interval=timedelta(days=1), anchor_date=due, timezone="Europe/Berlin")
+    with served.client() as client:
+        deployment = client.read_deployment_by_name("finetune/finetune")
+        client.update_deployment(deployment.id, DeploymentUpdate(parameters={"spec": spec}))
+        client.create_deployment_schedules(deployment.id, [(daily, True)])
+
+    def ended() -> list[FlowRun]:
+        with served.client() as client:
+            return [r for r in client.read_flow_runs() if r.auto_scheduled and r.end_time]
+
+    served.wait(ended, 90)
+    (run,) = ended()
+    assert run.state and run.state.name == "Completed", served.logs()
+    assert run.expected_start_time and run.expected_start_time >= due - timedelta(seconds=1)
+    states = served.tasks(run.id)
+    assert {state for _, state in states} == {"Cached"} and len(states) == 5, states
