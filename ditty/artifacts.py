@@ -13,9 +13,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ditty import __version__
 from ditty.errors import ArtifactDamaged, StoreError
 from ditty.files import (
     FileLock,
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+
+MADE_BY = "made_by"  # the fact that says what made an artifact
+FLOW_RUN_VARIABLE = "DITTY_FLOW_RUN"  # id of the Prefect flow run, set by it for all below it
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,15 @@ def describe(directory: Path, facts: dict[str, Any]) -> Manifest:
     return Manifest(facts=facts, files=files)
 
 
+def made_by() -> dict[str, Any]:
+    """What commits here and now: ditty's version, the flow run if there is one, the time."""
+    return {
+        "ditty": __version__,
+        "flow_run": os.environ.get(FLOW_RUN_VARIABLE),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def staging_dir(final: Path) -> Path:
     """A new empty directory beside `final`, to be filled and given to `commit`."""
     make_dir(final.parent)
@@ -147,7 +161,7 @@ def commit(staging: Path, final: Path, facts: dict[str, Any]) -> Manifest:
     Returns:
         the manifest of what now stands at `final`.
     """
-    manifest = describe(staging, facts)
+    manifest = describe(staging, {MADE_BY: made_by(), **facts})
     # safetensors and peft make files that only their owner can read; the directory that `mkdir`
     # made under the user's umask says who may.
     mode = staging.stat().st_mode & 0o666

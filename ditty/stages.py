@@ -219,6 +219,10 @@ def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> M
     if found:
         return found
     facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
+    if ref.operation:
+        facts["function"] = ref.operation.function
+    elif ref.stage == "load":
+        facts["source"] = spec.data.source
     stages = line.data()
     index = stages.index(ref)
     source = store.path(stages[index - 1].stage, stages[index - 1].key) if index else None

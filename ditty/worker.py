@@ -86,7 +86,8 @@ def prequantize(job: Job, attempt: Path) -> Result:
 
 def _build(job: Job, stage: str, make: Callable[[Path], dict[str, Any]]) -> Result:
     store = Store(job.home)
-    facts: dict[str, Any] = {"stage": stage, "inputs": job.inputs}
+    base_model = job.spec.model.base_model
+    facts: dict[str, Any] = {"stage": stage, "inputs": job.inputs, "base_model": base_model}
     if not store.find(stage, job.key):
         with store.commit(stage, job.key, facts) as out:
             facts.update(make(out))

@@ -139,6 +139,23 @@ def status(
             console.print(escape(line.message), soft_wrap=True)
 
 
+@app.command()
+def lineage(
+    where: Annotated[str, typer.Argument(help="A committed directory, or the URI of a copy.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what an artifact or a checkpoint was made from, by which version and flow run."""
+    from ditty.lineage import lineage as chain
+    from flows.views import lineage_tree
+
+    node = chain(where, Store())
+    if as_json:
+        print(json.dumps(node.to_json(), indent=2))
+    else:
+        # Paths are for copying: never cut.
+        Console(highlight=False, width=1000).print(lineage_tree(node))
+
+
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 

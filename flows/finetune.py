@@ -1,6 +1,7 @@
 """The flow: all stages of a spec in order, each made once."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from ditty import preflight, stages
-from ditty.artifacts import Store
+from ditty.artifacts import FLOW_RUN_VARIABLE, Store
 from ditty.files import make_dir, write_json
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -47,7 +48,7 @@ def finetune(spec: RunSpec) -> dict[str, Any]:
     """
     call = tasks.Caller(spec, Store())
     _bury_earlier_attempts()
-    with ditty_logs():
+    with ditty_logs(), _named_in_artifacts():
         try:
             return _stages(call)
         except CancelRequested as error:
@@ -80,6 +81,19 @@ def _stages(call: tasks.Caller) -> dict[str, Any]:
         "path": str(store.path(train.stage, train.key)),
         "model_dir": str(line.model_dir),
     }
+
+
+@contextmanager
+def _named_in_artifacts() -> Iterator[None]:
+    """Within the block each artifact says which flow run made it, also one of a child process."""
+    before = os.environ.get(FLOW_RUN_VARIABLE)
+    os.environ[FLOW_RUN_VARIABLE] = str(flow_run.id)
+    try:
+        yield
+    finally:
+        os.environ.pop(FLOW_RUN_VARIABLE)
+        if before is not None:
+            os.environ[FLOW_RUN_VARIABLE] = before
 
 
 def _bury_earlier_attempts() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ditty.artifacts import (
+    MADE_BY,
     MANIFEST,
     Manifest,
     Store,
@@ -42,7 +43,8 @@ def test_digest_depends_on_content_alone(tmp_path):
     one, two = make(tmp_path / "a", x="1"), make(tmp_path / "b", x="1")
     three = make(tmp_path / "c", x="2")
     assert one.digest == two.digest != three.digest
-    assert one.facts == {"made": "here"} and list(one.files) == ["sub/x"]
+    assert one.facts["made"] == "here" and set(one.facts) == {"made", MADE_BY}
+    assert list(one.files) == ["sub/x"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "link"])
