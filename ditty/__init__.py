@@ -8,15 +8,15 @@ Names are imported when they are first used: importing ditty loads no torch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ditty.version import __version__
+
 if TYPE_CHECKING:
     from ditty.data import Data
     from ditty.pipeline import Pipeline
     from ditty.spec import RunSpec
     from ditty.trainer import Trainer
 
-__version__ = "0.1.0"
-
-__all__ = ["Data", "Pipeline", "RunSpec", "Trainer"]
+__all__ = ["Data", "Pipeline", "RunSpec", "Trainer", "__version__"]
 
 _HOMES = {
     "Data": "ditty.data",

@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ditty import __version__
 from ditty.errors import ArtifactDamaged, StoreError
 from ditty.files import (
     FileLock,
@@ -29,6 +28,7 @@ from ditty.files import (
     sha256_file,
     write_json,
 )
+from ditty.version import __version__
 
 log = logging.getLogger(__name__)
 
