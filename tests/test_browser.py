@@ -40,7 +40,7 @@ def page() -> Iterator[Any]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(90_000)
         yield page
         browser.close()
 
@@ -62,7 +62,7 @@ def test_a_run_from_the_form_fails_at_upload_and_is_retried(tmp_path: Path, page
             client.update_deployment(deployment.id, _defaults(spec))
         run_id = _submit(page, served, deployment.id)
         run = RunDir.named("renamed", served.home)
-        served.wait(lambda: served.state(run_id) in ("Failed", "Completed", "Crashed"), 150)
+        served.wait(lambda: served.state(run_id) in ("Failed", "Completed", "Crashed"), 240)
         assert served.state(run_id) == "Failed", served.logs()
         states = served.tasks(run_id)
         assert states["train", "Completed"] == 1 and states["upload", "Failed"] == 1, states
@@ -70,12 +70,12 @@ def test_a_run_from_the_form_fails_at_upload_and_is_retried(tmp_path: Path, page
 
         blocker.unlink()
         page.goto(f"{served.url}/v2/runs/flow-run/{run_id}")
-        page.get_by_text("Failed").first.wait_for()
+        page.get_by_role("tab", name="Task Runs").wait_for()  # the page is whole
         page.locator("button[aria-haspopup=menu]").first.click()
         keep(page, "failed")
         page.get_by_role("menuitem", name="Retry").click()
         page.get_by_role("alertdialog").get_by_role("button", name="Retry").click()
-        served.wait(lambda: served.state(run_id) == "Completed", 120)
+        served.wait(lambda: served.state(run_id) == "Completed", 240)
         states = served.tasks(run_id)
         for stage in ("load", "tokenize", "pack", "train"):
             assert states[stage, "Cached"] == 1, states

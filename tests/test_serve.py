@@ -87,7 +87,7 @@ def _die_and_retry(served: Serving, database: str) -> None:
         spec = tiny_spec(served.folder, "walk", steps=800)
         flow_run = served.trigger(spec)
         run = RunDir.named("walk", served.home)
-        served.wait(lambda: run.committed_steps(), 60)
+        served.wait(lambda: run.committed_steps(), 120)
         killed = served.processes()
         assert any("ditty.worker" in " ".join(p.cmdline()) for p in killed), "it was not training"
         served.kill()
