@@ -189,7 +189,7 @@ def test_the_same_training_again(root, results, dropout, capsys):
 
 
 def test_the_same_sharded_training_again_and_again(root, results):
-    """Sums in another order showed in one of ten trainings, mostly in a process's first."""
+    """Sums in another order showed in a process's first training, and in 2 of 10 later ones."""
     for repeat in range(1, REPEATS):
         assert same_bits(root, results, "again-qlora-0", f"again-qlora-{repeat}"), repeat
 
