@@ -3,10 +3,7 @@
 import logging
 import math
 import resource
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +23,7 @@ from ditty.parallel import LossScale, gradient_norm, make_parallel, scale_gradie
 from ditty.progress import Progress
 from ditty.rng import choose_kernels, seed_all
 from ditty.rundir import RunDir, append_record
+from ditty.signals import stop_signal
 from ditty.spec import TrainSpec
 from ditty.world import World, single
 
@@ -319,18 +317,3 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append to within the block, however often they come."""
-    received: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda n, _frame: received.append(n))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

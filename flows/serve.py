@@ -1,4 +1,4 @@
-"""`ditty serve`: everything that runs from the browser need on one machine, kept in one process.
+"""`ditty serve`: all that runs from the browser need, on one machine, kept in one process.
 
 Prefect's server with its UI, a worker, and what `flows.deploy` puts on the server. The server is
 that of this PREFECT_HOME: while it is up, `ditty run` reports to it too (flows.server). When this
@@ -7,7 +7,6 @@ process ends, however it ends, so does all below it, trainings after saving a ch
 
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from prefect.settings import (
 
 from ditty.errors import RunError
 from ditty.files import locked, write_json
+from ditty.signals import stop_signal
 from flows import server
 from flows.deploy import HEARTBEAT_SECONDS, POOL, Applied, apply
 from flows.sweep import crash_orphans
@@ -74,7 +74,7 @@ def serve(host: str, port: int, on_up: Callable[[Served], None]) -> None:
     _check_configured(api)
     place = server.place()
     with ExitStack() as stack:
-        stopped = stack.enter_context(_stop_signals())
+        stopped = stack.enter_context(stop_signal())
         users = stack.enter_context(open(place / "users.lock", "ab"))
         with locked(place / "start.lock"):
             fcntl.flock(users, fcntl.LOCK_SH)
@@ -187,7 +187,7 @@ def _server(place: Path, host: str, port: int) -> Iterator[Part]:
 @contextmanager
 def _worker(place: Path, api: str) -> Iterator[Part]:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL]
-    command += ["--type", "process", "--name", f"{os.uname().nodename}"]
+    command += ["--type", "process", "--name", os.uname().nodename]
     env = {
         "PREFECT_API_URL": api,
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
@@ -207,15 +207,3 @@ def _await(part: Part, api: str) -> None:
                 f"{server.end_of(part.log)}"
             )
         time.sleep(server.POLL_SECONDS)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda number, _frame: received.append(number)) for n in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

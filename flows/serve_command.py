@@ -1,11 +1,14 @@
 """The commands `ditty serve` and `ditty deploy`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ditty.errors import RunError
+
+if TYPE_CHECKING:  # prefect takes seconds to import, and most commands do without
+    from flows.deploy import Applied
 
 console = Console(highlight=False)
 
@@ -23,10 +26,7 @@ def serve(
     from flows import serve as serving
 
     def on_up(served: "serving.Served") -> None:
-        for made in served.applied.made:
-            console.print(f"[green]✓[/] {made}")
-        for name in served.applied.deployments:
-            console.print(f"[green]✓[/] deployment {name}")
+        _print_applied(served.applied)
         console.print(f"database {served.database}; logs in {served.logs}", soft_wrap=True)
         console.print(f"\n[bold]open[/] {served.url}/v2/deployments and press Run. Ctrl-C ends it")
 
@@ -51,9 +51,10 @@ def deploy() -> None:
         )
     from flows.deploy import POOL, apply
 
-    applied = apply()
-    for made in applied.made:
-        console.print(f"[green]✓[/] {made}")
-    for name in applied.deployments:
-        console.print(f"[green]✓[/] deployment {name}")
+    _print_applied(apply())
     console.print(f"\nat {url}. On each machine that trains: prefect worker start --pool {POOL}")
+
+
+def _print_applied(applied: "Applied") -> None:
+    for made in [*applied.made, *(f"deployment {name}" for name in applied.deployments)]:
+        console.print(f"[green]✓[/] {made}")

@@ -21,7 +21,7 @@ from flows.finetune import finetune
 from flows.progress import Event, EventState, listen
 from flows.training import CancelRequested
 from tests.processes import start_flow
-from tests.tiny import make_model_folder
+from tests.served import tiny_spec
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40
@@ -29,24 +29,9 @@ STEPS = 40
 
 @pytest.fixture
 def spec(tmp_path: Path) -> RunSpec:
-    rows = [
-        {"messages": [{"role": r, "content": f"{r} says {i}"} for r in ("user", "assistant")]}
-        for i in range(40)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values: dict[str, Any] = {
-        "name": "demo",
-        "data": {"source": str(tmp_path / "rows.jsonl"), "seq_len": 64},
-        "model": {"base_model": str(make_model_folder(tmp_path / "model")), "attention": "sdpa"},
-        "train": {
-            "max_steps": STEPS,
-            "precision": "fp32",
-            "save_steps": 1000,
-            "gradient_accumulation_steps": 1,
-        },
-        "launch": {"device": "cpu", "threads": 1, "retry_delay_seconds": 0},
-        "upload": {"url": f"file://{tmp_path}/target"},
-    }
+    values = tiny_spec(tmp_path, "demo", STEPS)
+    values["train"]["save_steps"] = 1000
+    values["launch"] = {"device": "cpu", "threads": 1, "retry_delay_seconds": 0}
     return RunSpec.model_validate(values)
 
 
