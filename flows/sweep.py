@@ -3,9 +3,12 @@
 SIGKILL of a flow leaves its task runs Running for ever: Prefect ends the flow run alone.
 """
 
+from datetime import UTC, datetime, timedelta
+
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterEndTime,
     FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -18,10 +21,13 @@ from prefect.states import Crashed
 
 ENDED = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED, StateType.CRASHED]
 UNDER_WAY = [StateType.RUNNING, StateType.PENDING]
+# The server hears of tasks through events, which may come later than the end of their flow run.
+# A state that is set here is newer than theirs, and would stay.
+LATE_EVENTS = timedelta(seconds=15)
 
 
 def crash_orphans(client: SyncPrefectClient, only: FlowRunFilterId | None = None) -> int:
-    """Set task runs under way to Crashed where their flow run has ended; how many there were.
+    """Set task runs under way to Crashed where their flow run has ended for a while; how many.
 
     Args:
         only: instead, those of these flow runs, however they are: at the start of a retry nothing
@@ -29,7 +35,8 @@ def crash_orphans(client: SyncPrefectClient, only: FlowRunFilterId | None = None
     """
     if only is None:
         state = FlowRunFilterState(type=FlowRunFilterStateType(any_=ENDED))
-        of = FlowRunFilter(state=state)
+        ended = FlowRunFilterEndTime(before_=datetime.now(UTC) - LATE_EVENTS)
+        of = FlowRunFilter(state=state, end_time=ended)
     else:
         of = FlowRunFilter(id=only)
     running = TaskRunFilterState(type=TaskRunFilterStateType(any_=UNDER_WAY))

@@ -143,8 +143,15 @@ class Serving:
         found = self.run(run).state
         return found.name or "" if found else ""
 
+    def ended_tasks(self, run: UUID) -> Counter[tuple[str, str]]:
+        """`tasks`, once the server knows of the end of each: it hears of tasks through events,
+        which may come later than the end of the flow run."""
+        under_way = {"Running", "Pending", "Scheduled", ""}
+        self.wait(lambda: not {state for _, state in self.tasks(run)} & under_way, 60)
+        return self.tasks(run)
+
     def tasks(self, run: UUID) -> Counter[tuple[str, str]]:
-        """How many of its task runs there are of each (stage, state)."""
+        """How many of its task runs there are of each (stage, state), as far as is known yet."""
         only = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
         with self.client() as client:
             found = client.read_task_runs(flow_run_filter=only)

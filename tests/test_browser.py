@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterKey,
-)
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from ditty.rundir import RunDir
 from tests.served import Serving, serving, tiny_spec
@@ -64,7 +61,7 @@ def test_a_run_from_the_form_fails_at_upload_and_is_retried(tmp_path: Path, page
         run = RunDir.named("renamed", served.home)
         served.wait(lambda: served.state(run_id) in ("Failed", "Completed", "Crashed"), 240)
         assert served.state(run_id) == "Failed", served.logs()
-        states = served.tasks(run_id)
+        states = served.ended_tasks(run_id)
         assert states["train", "Completed"] == 1 and states["upload", "Failed"] == 1, states
         assert len(run.attempts("train")) == 1
 
@@ -76,7 +73,7 @@ def test_a_run_from_the_form_fails_at_upload_and_is_retried(tmp_path: Path, page
         page.get_by_role("menuitem", name="Retry").click()
         page.get_by_role("alertdialog").get_by_role("button", name="Retry").click()
         served.wait(lambda: served.state(run_id) == "Completed", 240)
-        states = served.tasks(run_id)
+        states = served.ended_tasks(run_id)
         for stage in ("load", "tokenize", "pack", "train"):
             assert states[stage, "Cached"] == 1, states
         assert len(run.attempts("train")) == 1, "training ran again"

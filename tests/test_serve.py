@@ -98,7 +98,7 @@ def _die_and_retry(served: Serving, database: str) -> None:
         assert "✓ work pool" not in printed, "made again what was there"
         assert served.state(flow_run) == "Running", "nobody is left to say otherwise"
         served.wait(lambda: served.state(flow_run) == "Crashed", 120)
-        served.wait(lambda: served.tasks(flow_run)["train", "Crashed"] == 1, 30)
+        served.wait(lambda: served.tasks(flow_run)["train", "Crashed"] == 1, 60)
         assert "Retry" in str(served.run(flow_run).state)
         served.retry(flow_run)
         served.wait(lambda: served.state(flow_run) in ("Completed", "Failed", "Crashed"), 150)
@@ -107,7 +107,7 @@ def _die_and_retry(served: Serving, database: str) -> None:
         assert saved > 0 and "training from step 0 " not in log
         with served.client() as client:
             assert client.read_flow_run(flow_run).run_count == 2
-        states = served.tasks(flow_run)
+        states = served.ended_tasks(flow_run)
         for stage in ("load", "tokenize", "pack"):
             assert states[stage, "Cached"] == 1, states
         _is_done_again_when_due(served, spec)
@@ -132,5 +132,5 @@ def _is_done_again_when_due(served: Serving, spec: dict[str, Any]) -> None:
     (run,) = ended()
     assert run.state and run.state.name == "Completed", served.logs()
     assert run.expected_start_time and run.expected_start_time >= due - timedelta(seconds=1)
-    states = served.tasks(run.id)
+    states = served.ended_tasks(run.id)
     assert {state for _, state in states} == {"Cached"} and len(states) == 5, states
