@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from ditty.choices import Quantization, Sharding
-from ditty.model import load_base, prepare_model
+from ditty.choices import Adapter, Quantization, Sharding
+from ditty.errors import ModelError
+from ditty.model import load_base, prepare_model, reason
 from ditty.spec import ModelSpec, TrainSpec
 from ditty.world import World
 
@@ -26,12 +28,47 @@ def load_module(folder: Path, spec: ModelSpec, train: TrainSpec, world: World) -
         from ditty.zero import load_zero3
 
         return load_zero3(folder, spec, train, world)
+    base = _base(folder, spec, train, world.device)
+    return prepare_model(
+        base, spec, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing
+    )
+
+
+def _base(folder: Path, spec: ModelSpec, train: TrainSpec, device: torch.device) -> PreTrainedModel:
+    """The whole model of a folder; blocks on the host where int8 with offload asks for it."""
     places = None
     if spec.quantization is Quantization.INT8 and train.cpu_offload:
         from ditty.offload import offload_options
 
-        places = offload_options(folder, spec, train, world.device)
-    base = load_base(folder, spec, train.precision, world.device, places=places)
-    return prepare_model(
-        base, spec, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing
-    )
+        places = offload_options(folder, spec, train, device)
+    return load_base(folder, spec, train.precision, device, places=places)
+
+
+def load_trained(
+    folder: Path,
+    trained: Path | None,
+    spec: ModelSpec,
+    train: TrainSpec,
+    device: torch.device,
+) -> torch.nn.Module:
+    """What a training has made, ready to be evaluated, whole on one device.
+
+    Args:
+        folder: the base model, as `load_module` takes it.
+        trained: the training's artifact; None: the base model alone.
+    Raises:
+        ModelError: a folder does not fit the spec.
+    """
+    if trained is not None and spec.adapter is Adapter.NONE:
+        return _base(trained, spec, train, device).eval()
+    base = _base(folder, spec, train, device)
+    if trained is None:
+        return base.eval()
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, trained, local_files_only=True).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the adapter in {trained} does not fit the model in {folder}: {reason(error)}"
+        ) from error

@@ -309,6 +309,13 @@ class UploadSpec(Section):
         return url.rstrip("/") if url else url
 
 
+class PromoteSpec(Section):
+    """When the flow `refresh` puts a new result in the place of the one before."""
+
+    margin: float = Field(default=0.0, ge=0)
+    """Nats a supervised token by which the new held-out loss must be the lower one; 0: any."""
+
+
 class RunSpec(Section):
     """A run: its name, its data, its model, and how it is trained, launched and uploaded."""
 
@@ -324,6 +331,8 @@ class RunSpec(Section):
     """Processes and how to deal with their end."""
     upload: UploadSpec = Field(default_factory=UploadSpec)
     """Where checkpoints and the result are copied."""
+    promote: PromoteSpec = Field(default_factory=PromoteSpec)
+    """When the flow `refresh` puts a new result in the place of the one before."""
 
     @field_validator("name")
     @classmethod

@@ -25,6 +25,8 @@ VERSIONS = {
     "prequantize": 1,
     "train": 2,
     "upload": 1,
+    "evaluate": 1,
+    "promote": 1,
 }
 
 DATA_STAGES = ("load", "filter", "map", "tokenize", "pack")
@@ -117,20 +119,36 @@ def resolve(spec: RunSpec, store: Store) -> StageLine:
     Raises:
         DittyError: a source, function or base model cannot be used.
     """
-    base = basemodel.identify(spec.model.base_model, spec.model.revision)
-    model_dir = basemodel.locate(base, store)
-    refs = list(_fetch_refs(base))
-    refs += _data_refs(spec, "" if model_dir is None else basemodel.tokenizer_digest(model_dir))
-    pack_key = refs[-1].key
-    model_key = basemodel.key(base)
-    if prequantizes(spec):
-        refs.append(prequantize_ref(spec, model_key))
-        model_key = refs[-1].key
-    refs.append(make_ref("train", "train", training_identity(spec, model_key, pack_key)))
+    model = resolve_model(spec, store)
+    refs = [ref for ref in model.refs if ref.stage == "fetch"]
+    digest = "" if model.model_dir is None else basemodel.tokenizer_digest(model.model_dir)
+    refs += _data_refs(spec, digest)
+    identity = training_identity(spec, model_key(model), refs[-1].key)
+    refs += [ref for ref in model.refs if ref.stage == "prequantize"]
+    refs.append(make_ref("train", "train", identity))
     if spec.upload.url:
         inputs = {"train": refs[-1].key, "url": spec.upload.url, "name": spec.name}
         refs.append(make_ref("upload", f"upload to {spec.upload.url}", inputs))
-    return StageLine(base, model_dir, tuple(refs))
+    return StageLine(model.base, model.model_dir, tuple(refs))
+
+
+def resolve_model(spec: RunSpec, store: Store) -> StageLine:
+    """The stages of the base model alone: what a training's result is loaded upon.
+
+    Raises:
+        DittyError: the base model cannot be used.
+    """
+    base = basemodel.identify(spec.model.base_model, spec.model.revision)
+    refs = list(_fetch_refs(base))
+    if prequantizes(spec):
+        refs.append(prequantize_ref(spec, basemodel.key(base)))
+    return StageLine(base, basemodel.locate(base, store), tuple(refs))
+
+
+def model_key(line: StageLine) -> str:
+    """The content key of what training loads: the quantized base, or the base as it is."""
+    ref = line.only("prequantize")
+    return ref.key if ref else basemodel.key(line.base)
 
 
 def _fetch_refs(base: basemodel.BaseModelRef) -> Iterator[StageRef]:
@@ -182,6 +200,26 @@ def prequantize_ref(spec: RunSpec, model_key: str) -> StageRef:
         "dtype": base_dtype(spec),
     }
     return make_ref("prequantize", f"prequantize {spec.model.quantization}", inputs)
+
+
+def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | None) -> StageRef:
+    """The stage that measures a held-out loss.
+
+    Args:
+        pack_key: of the packed rows, whose held-out part is taken.
+        model_key: of the base model, as in `training_identity`.
+        trained: of the training whose result is measured; None: the base model itself.
+    """
+    inputs = {
+        "model": model_key,
+        "data": pack_key,
+        "precision": spec.train.precision.value,
+        "attention": spec.model.attention.value,
+    }
+    if trained:
+        inputs["train"] = trained
+    title = f"evaluate {trained[:8]}" if trained else "evaluate the base model"
+    return make_ref("evaluate", title, inputs)
 
 
 def base_dtype(spec: RunSpec) -> str:

@@ -1,11 +1,12 @@
 """`python -m ditty.worker STAGE ATTEMPT`: one stage in a process of its own.
 
 Reads attempt/job.json, does the work, and leaves attempt/result.json: the meaning of its end.
-STAGE is `fetch` (convert a GGUF), `prequantize` or `train`.
+STAGE is `fetch` (convert a GGUF), `prequantize`, `train` or `evaluate`.
 """
 
 import dataclasses
 import logging
+import math
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from typing import Any
 from ditty.artifacts import Store
 from ditty.choices import FinalWeights
 from ditty.errors import DittyError, OutOfMemory, Preempted, RunBusy, RunError
-from ditty.files import read_json
+from ditty.files import read_json, write_json
 from ditty.rundir import Result, RunDir, Status, write_result
 from ditty.spec import RunSpec
 
@@ -34,7 +35,7 @@ class Job:
         spec: the run's spec.
         key: content key of the artifact to make.
         inputs: what the key is the hash of.
-        model_dir, data_dir: committed folders to read.
+        model_dir, data_dir, trained_dir: committed folders to read.
         device: "cpu" or "cuda".
     """
 
@@ -44,6 +45,7 @@ class Job:
     inputs: dict[str, Any]
     model_dir: Path
     data_dir: Path | None
+    trained_dir: Path | None
     device: str
 
     @classmethod
@@ -51,12 +53,13 @@ class Job:
         """Parse attempt/job.json, as `to_json` wrote it."""
         value = read_json(attempt / "job.json")
         assert value is not None, f"{attempt} has no job.json"
-        data_dir = value.pop("data_dir")
+        data_dir, trained_dir = value.pop("data_dir"), value.pop("trained_dir", None)
         return cls(
             home=Path(value.pop("home")),
             spec=RunSpec.model_validate(value.pop("spec")),
             model_dir=Path(value.pop("model_dir")),
             data_dir=Path(data_dir) if data_dir else None,
+            trained_dir=Path(trained_dir) if trained_dir else None,
             **value,
         )
 
@@ -82,6 +85,33 @@ def prequantize(job: Job, attempt: Path) -> Result:
         )
 
     return _build(job, "prequantize", make)
+
+
+def evaluate(job: Job, attempt: Path) -> Result:
+    """The `evaluate` stage, in one process: the model fits where it is loaded."""
+    from ditty.data import read_rows
+    from ditty.evaluate import held_out_loss
+    from ditty.load import load_trained
+    from ditty.model import base_model
+    from ditty.world import single
+
+    def make(out: Path) -> dict[str, Any]:
+        assert job.data_dir is not None, "an evaluation reads packed rows"
+        spec, world = job.spec, single(job.device)
+        rows = read_rows(job.data_dir / "eval.arrow")
+        if not len(rows):
+            raise RunError(
+                "no row is held out, so there is nothing to evaluate on: raise data.eval_fraction "
+                f"(it is {spec.data.eval_fraction:g})"
+            )
+        module = load_trained(job.model_dir, job.trained_dir, spec.model, spec.train, world.device)
+        loss, tokens = held_out_loss(module, base_model(module), rows, spec.train.precision, world)
+        found = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "rows": len(rows)}
+        write_json(out / "evaluation.json", found)
+        log.info("held-out loss %.4f over %d tokens", loss, tokens)
+        return found
+
+    return _build(job, "evaluate", make)
 
 
 def _build(job: Job, stage: str, make: Callable[[Path], dict[str, Any]]) -> Result:
@@ -204,6 +234,7 @@ STAGES: dict[str, Callable[[Job, Path], Result]] = {
     "fetch": convert,
     "prequantize": prequantize,
     "train": train,
+    "evaluate": evaluate,
 }
 
 

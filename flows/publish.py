@@ -26,7 +26,7 @@ from prefect.context import FlowRunContext
 from ditty.rundir import RunDir
 from flows.costs import StageBook
 from flows.mirror import Logger
-from flows.report import History, artifact_key, data_facts, markdown
+from flows.report import History, artifact_key, code, data_facts, escape, markdown
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,25 @@ def publish_stages(book: StageBook, name: str) -> None:
     if book.entries:
         key, about = artifact_key("stages", name), book.summary()
         within(TABLE_SECONDS, lambda: create_table_artifact(book.rows(), key, about))
+
+
+def publish_evaluation(name: str, found: dict[str, dict[str, Any]]) -> None:
+    """A table of held-out losses: what was evaluated -> what `tasks.evaluation` says of it."""
+    rows = [{"weights": what, **values} for what, values in found.items()]
+    key = artifact_key("evaluation", name)
+    about = "loss in nats a supervised token of the held-out rows"
+    within(TABLE_SECONDS, lambda: create_table_artifact(rows, key, about))
+
+
+def publish_refresh(name: str, outcome: dict[str, Any]) -> None:
+    """What a refresh came to; see `flows.refresh.Outcome`."""
+    words = ["run", "train", "in_place"]
+    lines = [f"**{escape(outcome['why'])}**", ""]
+    lines += [f"- {word.replace('_', ' ')}: {code(str(outcome[word]))}" for word in words]
+    if outcome["in_place"] is None:
+        lines[-1] = "- in place: the base model, since nothing was promoted yet"
+    text, key = "\n".join(lines), artifact_key("refresh", name)
+    within(TABLE_SECONDS, lambda: create_markdown_artifact(text, key, "what is in place now"))
 
 
 def within(seconds: float, act: Callable[[], Any]) -> None:

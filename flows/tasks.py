@@ -1,7 +1,6 @@
 """The tasks of the flow: each makes one stage's artifact, or finds it."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from prefect import State, Task, task
@@ -9,7 +8,8 @@ from prefect.logging import get_run_logger
 
 from ditty import basemodel, launch, stages
 from ditty.artifacts import MANIFEST, Store, read_manifest
-from ditty.files import write_json
+from ditty.files import read_json, write_json
+from ditty.promotion import InPlace, Promotions
 from ditty.remote import Remote, final_name
 from ditty.spec import RunSpec
 from ditty.stages import StageLine, StageRef
@@ -34,6 +34,26 @@ def make_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Re
 @task(name="model", task_run_name="{ref.title}")
 def make_model(ref: StageRef, work: Work) -> Reference:
     """`fetch` of a .gguf file, or `prequantize`: tensors, so in a process of its own."""
+    return _in_a_process(ref, work)
+
+
+@task(name="evaluate", task_run_name="{ref.title}")
+def evaluate(ref: StageRef, work: Work) -> Reference:
+    """A held-out loss; on the GPU, so that it waits for its turn as a training does."""
+    if work.store.find(ref.stage, ref.key):
+        return made(ref, work.store)
+    with training_slot():
+        return _in_a_process(ref, work)
+
+
+def evaluation(ref: StageRef, store: Store) -> dict[str, Any]:
+    """What `evaluate` has found: loss (nats a supervised token), perplexity, tokens, rows."""
+    found = read_json(store.path(ref.stage, ref.key) / "evaluation.json")
+    assert found is not None, f"{ref.title} was committed"
+    return found
+
+
+def _in_a_process(ref: StageRef, work: Work) -> Reference:
     log = get_run_logger()
     if not work.store.find(ref.stage, ref.key):
         result = launch.run_stage(
@@ -75,6 +95,12 @@ def upload(ref: StageRef, trained: StageRef, spec: RunSpec, store: Store) -> Ref
     return made(ref, store)
 
 
+@task(name="promote", task_run_name="{ref.title}")
+def promote(ref: StageRef, promotions: Promotions, pointer: InPlace) -> str:
+    """Put a result in place; the URI of its promotion."""
+    return promotions.promote(ref, pointer)
+
+
 def made(ref: StageRef, store: Store) -> Reference:
     """The reference of what a worker has committed."""
     manifest = store.find(ref.stage, ref.key)
@@ -91,11 +117,13 @@ class Caller:
 
     spec: RunSpec
     store: Store
+    book: StageBook
+    """How the stages so far went."""
 
-    @cached_property
-    def book(self) -> StageBook:
-        """How the stages so far went."""
-        return StageBook(self.store)
+    @classmethod
+    def of(cls, spec: RunSpec, store: Store) -> "Caller":
+        """One with an empty book."""
+        return cls(spec, store, StageBook(store))
 
     def __call__(self, stage_task: Task[Any, Any], ref: StageRef, *args: Any) -> Any:
         """Run a task that is not cached."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,24 @@ class Work:
     Attributes:
         model_dir: the base model: a folder, or a .gguf file for `fetch`.
         data_dir: the packed rows; None for the stages of the model.
+        trained_dir: a training's result, for `evaluate`.
     """
 
     spec: RunSpec
     store: Store
     model_dir: Path
     data_dir: Path | None = None
+    trained_dir: Path | None = None
 
     @property
     def run(self) -> RunDir:
         """The run's directory."""
         return RunDir.named(self.spec.name, self.store.home)
+
+    def of_result(self, trained: str | None) -> "Work":
+        """The same, for the result of the training of that key."""
+        folder = self.store.path("train", trained) if trained else None
+        return replace(self, trained_dir=folder)
 
     def job(self, ref: StageRef) -> dict[str, Any]:
         """What `ditty.worker` is to do, as JSON."""
@@ -77,6 +84,7 @@ class Work:
             "inputs": ref.inputs,
             "model_dir": str(self.model_dir),
             "data_dir": str(self.data_dir) if self.data_dir else None,
+            "trained_dir": str(self.trained_dir) if self.trained_dir else None,
             "device": str(resolve_device(self.spec.launch)),
         }
 

@@ -290,7 +290,7 @@ class Training:
         self.spec = RunSpec.model_validate({**values, "launch": launch})
         self.store = Store(home)
         self.run = RunDir.named(name, home)
-        self.call = tasks.Caller(self.spec, self.store)
+        self.call = tasks.Caller.of(self.spec, self.store)
         self.acts: list[Any] = []
         monkeypatch.setattr(training.launch, "run_stage", self.run_stage)
         monkeypatch.setattr(training, "REPORT_SECONDS", 0.1)

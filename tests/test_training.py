@@ -64,7 +64,7 @@ class Trainings:
 
     def go(self, *acts: Act | Result) -> Any:
         self.acts = list(acts)
-        call = tasks.Caller(self.spec, self.store)
+        call = tasks.Caller.of(self.spec, self.store)
         work = Work(self.spec, self.store, Path("/model"), Path("/data"))
         result = call.cached(tasks.train, self.ref, work)
         assert self.acts == []

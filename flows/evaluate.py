@@ -1,0 +1,63 @@
+"""The flow `evaluate`: the held-out loss of a result that is there, and of its base model."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from ditty import preflight, stages
+from ditty.artifacts import Store
+from ditty.errors import RunError
+from ditty.remote import Remote
+from ditty.spec import RunSpec
+from flows import tasks
+from flows.frame import framed, run_name
+from flows.line import Prepared, prepare
+from flows.mirror import fetch_result
+from flows.publish import publish_evaluation
+from flows.tasks import Caller
+
+
+@flow(name="evaluate", flow_run_name=run_name, retries=0, persist_result=False)
+def evaluate(spec: RunSpec) -> dict[str, Any]:
+    """Measure the held-out loss of what `finetune` made of `spec`, and of the base model.
+
+    Returns:
+        {"run": its name, "base", "trained": {"loss": nats a token, "perplexity", "tokens", "rows"}}
+    Raises:
+        RunError: it is not trained yet.
+        DittyError: what stopped it.
+    """
+    return framed(Caller.of(spec, Store()), _evaluate)
+
+
+def _evaluate(call: Caller) -> dict[str, Any]:
+    spec, store = call.spec, call.store
+    prepared = prepare(call, preflight.check(spec, store))
+    _find_result(spec, store, prepared)
+    key = prepared.line.need("train").key
+    found = {"base": measure(call, prepared, None), "trained": measure(call, prepared, key)}
+    publish_evaluation(spec.name, found)
+    return {"run": spec.name, **found}
+
+
+def measure(call: Caller, prepared: Prepared, trained: str | None) -> dict[str, Any]:
+    """The evaluation of one result of this spec; None: of its base model."""
+    inputs = prepared.line.need("train").inputs
+    ref = stages.evaluate_ref(call.spec, inputs["data"], inputs["model"], trained)
+    call.cached(tasks.evaluate, ref, prepared.work.of_result(trained))
+    return tasks.evaluation(ref, call.store)
+
+
+def _find_result(spec: RunSpec, store: Store, prepared: Prepared) -> None:
+    key = prepared.line.need("train").key
+    if store.find("train", key):
+        return
+    url = spec.upload.url
+    if url and fetch_result(store, Remote(url), spec.name, key, get_run_logger()):
+        return
+    where = f"{store.home}{f' nor at {url}' if url else ''}"
+    raise RunError(
+        f"run {spec.name} has no result of this spec to evaluate (training {key[:12]} is not in "
+        f"{where}): run `finetune` with the same spec first"
+    )

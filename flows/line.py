@@ -1,0 +1,107 @@
+"""The stages in order, as the flows call them: each made once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ditty import preflight, stages
+from ditty.artifacts import Store
+from ditty.files import make_dir, write_json
+from ditty.rundir import RunDir
+from ditty.spec import RunSpec
+from ditty.stages import StageLine
+from flows import tasks
+from flows.tasks import Caller
+from flows.training import Work
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training and evaluation read.
+
+    Attributes:
+        line: the stages, all keys known.
+        work: with the base model, quantized where the spec says so, and the packed rows.
+        done: references of the artifacts so far.
+    """
+
+    line: StageLine
+    work: Work
+    done: tuple[Any, ...]
+
+    def result(self) -> dict[str, Any]:
+        """Of a training, as JSON: {"run": its name, "stages": references of the artifacts, "path":
+        the trained adapter or model, "model_dir": the base model}"""
+        ref, store = self.line.need("train"), self.work.store
+        return {
+            "run": self.work.spec.name,
+            "stages": list(self.done),
+            "path": str(store.path(ref.stage, ref.key)),
+            "model_dir": str(self.line.model_dir),
+        }
+
+
+def train(call: Caller, line: StageLine) -> Prepared:
+    """All stages of the spec; `line` as `preflight.check` has resolved it."""
+    spec, store = call.spec, call.store
+    begin(spec, store)
+    prepared = prepare(call, line)
+    line = prepared.line
+    ref = line.need("train")
+    done = [*prepared.done, call.cached(tasks.train, ref, prepared.work)]
+    if upload := line.only("upload"):
+        done.append(call.cached(tasks.upload, upload, ref, spec, store))
+    return replace(prepared, done=tuple(done))
+
+
+def begin(spec: RunSpec, store: Store) -> None:
+    """Make the run's directory, and forget a stop that was meant for an earlier run."""
+    run = RunDir.named(spec.name, store.home)
+    make_dir(run.root)
+    if not run.spec_file.exists():
+        write_json(run.spec_file, spec.model_dump(mode="json"))
+    run.stop_file.unlink(missing_ok=True)
+
+
+def prepare(call: Caller, line: StageLine) -> Prepared:
+    """The stages before training."""
+    spec, store = call.spec, call.store
+    line = fetched(call, line)
+    preflight.check_model(spec, line)
+    done = [call.cached(tasks.make_data, ref, line, spec, store) for ref in line.data()]
+    model_dir, quantized = base_model(call, line)
+    pack = line.need("pack")
+    work = Work(spec, store, model_dir, store.path(pack.stage, pack.key))
+    return Prepared(line, work, (*done, *quantized))
+
+
+def base_model(call: Caller, line: StageLine) -> tuple[Path, tuple[Any, ...]]:
+    """(the folder that is loaded, references of what was made for it) of a base that is here."""
+    assert line.model_dir is not None, "the base model was fetched"
+    ref = line.only("prequantize")
+    if ref is None:
+        return line.model_dir, ()
+    made = call.cached(tasks.make_model, ref, Work(call.spec, call.store, line.model_dir))
+    return call.store.path(ref.stage, ref.key), (made,)
+
+
+Resolve = Callable[[RunSpec, Store], StageLine]
+
+
+def fetched(call: Caller, line: StageLine, resolve: Resolve = stages.resolve) -> StageLine:
+    """The line with all keys known: they depend on the tokenizer, which is in the model.
+
+    Args:
+        resolve: what has made `line`.
+    """
+    ref = line.only("fetch")
+    if ref is None:
+        return line
+    if line.base.kind == "gguf":
+        call.cached(tasks.make_model, ref, Work(call.spec, call.store, Path(line.base.name)))
+    elif line.model_dir is None:
+        call(tasks.fetch_hub, ref, line.base, call.store)
+    else:
+        call.skip(ref)
+    return line if line.model_dir else resolve(call.spec, call.store)
