@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -91,6 +92,28 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
+    """Measure the held-out loss of what `run` made of a spec, and of its base model."""
+    found = _run(load_spec(spec, overrides or []), Store(), "evaluate")
+    table = Table("held-out", "loss", "perplexity", "tokens", box=None, pad_edge=False)
+    for what in ("base", "trained"):
+        values = found[what]
+        loss, perplexity = f"{values['loss']:.4f}", f"{values['perplexity']:.2f}"
+        table.add_row(what, loss, perplexity, f"{values['tokens']:,}")
+    console.print()
+    console.print(table)
+
+
+@app.command()
+def refresh(spec: SpecFile, overrides: Overrides = None) -> None:
+    """Train on the data as they are now; the result takes the place of the last if it is better."""
+    found = _run(load_spec(spec, overrides or []), Store(), "refresh")
+    console.print(f"\n[bold]{escape(found['why'])}[/]", soft_wrap=True)
+    place = found["in_place"] or "the base model: nothing was promoted yet"
+    console.print(f"[bold]in place[/]: {escape(place)}", soft_wrap=True)
+
+
+@app.command()
 def plan(
     spec: SpecFile,
     overrides: Overrides = None,
@@ -164,19 +187,21 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def _run(spec: RunSpec, store: Store) -> dict[str, Any]:
-    """Run the flow with progress on the terminal; returns its result."""
+def _run(spec: RunSpec, store: Store, flow: str = "finetune") -> dict[str, Any]:
+    """Run a flow with progress on the terminal; returns its result."""
     with ExitStack() as stack:
         with console.status("starting Prefect"):
             from flows.console import StageLines
-            from flows.finetune import finetune
+
+            called = getattr(import_module(f"flows.{flow}"), flow)
             from flows.progress import listen, quiet_console
             from flows.server import local_server
 
             stack.enter_context(local_server())
         stack.enter_context(quiet_console())
         stack.enter_context(listen(stack.enter_context(StageLines(console))))
-        return finetune(spec)
+        result: dict[str, Any] = called(spec)
+        return result
 
 
 def _print_losses(result: dict[str, Any]) -> None:

@@ -1,36 +1,34 @@
 """What ditty needs on a Prefect server: a work pool, a limit, automations, deployments.
 
 `apply` may be called any number of times, and leaves alone what a person may have changed in the
-browser: the limit's size, a switched-off automation.
+browser: the limit's size, a deployment's spec and schedules, a switched-off automation.
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import import_module, resources
 from typing import Any
 
 import prefect
 import yaml
-from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.actions import (
+    DeploymentScheduleCreate,
+    DeploymentUpdate,
+    GlobalConcurrencyLimitCreate,
+    WorkPoolCreate,
+)
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
-from prefect.events.schemas.automations import ResourceSpecification
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import get_current_settings
+from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
 from ditty.errors import RunError
+from flows import automations
 
 POOL = "ditty"
 TRAINING_LIMIT = "ditty-training"
-ZOMBIES = "ditty: a run whose processes are gone has crashed"
-
-# Prefect's own minimum; a run that is silent for twice as long is taken for dead.
-HEARTBEAT_SECONDS = 30
-HEARTBEAT = "prefect.flow-run.heartbeat"
-ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "AwaitingRetry", "Paused", "Suspended")
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,18 @@ def definitions() -> list[dict[str, Any]]:
     return found
 
 
-def apply() -> Applied:
+def apply(notify: str | None = None) -> Applied:
     """Put everything on the server that Prefect is configured for.
 
+    Args:
+        notify: see `automations.notify`; None: notifications stay as they are.
     Raises:
+        SpecError: there is no such block.
         RunError: it refuses.
         httpx.TransportError: it does not answer.
     """
     try:
-        return _apply()
+        return _apply(notify)
     except PrefectHTTPStatusError as error:
         raise RunError(
             f"the Prefect server at {get_current_settings().api.url} refused what ditty needs "
@@ -70,18 +71,38 @@ def apply() -> Applied:
         ) from error
 
 
-def _apply() -> Applied:
+def _apply(notify: str | None) -> Applied:
     made = []
     with get_client(sync_client=True) as client:
         made += _pool(client)
         made += _limit(client)
-        made += _zombies(client)
-    names = []
-    for definition in definitions():
-        deployment = _deployment(definition)
-        deployment.apply()
-        names.append(deployment.full_name)
+        made += automations.bury(client)
+        if notify:
+            made += automations.notify(client, notify)
+        names = [_put(client, definition) for definition in definitions()]
     return Applied(names, made)
+
+
+def _put(client: SyncPrefectClient, definition: dict[str, Any]) -> str:
+    """Make a deployment, or bring it up to date: its spec, schedules and pause stay."""
+    deployment = _deployment(definition)
+    try:
+        there = client.read_deployment_by_name(deployment.full_name)
+    except ObjectNotFound:
+        deployment.schedules = [_schedule(value) for value in definition["schedules"]]
+        deployment.apply()
+    else:
+        # Not `apply`, which would set all of it.
+        ours = DeploymentUpdate(
+            entrypoint=deployment.entrypoint,
+            description=deployment.description,
+            tags=deployment.tags,
+            work_pool_name=deployment.work_pool_name,
+            job_variables=deployment.job_variables,
+            parameter_openapi_schema=parameter_schema(_flow(definition)).model_dump(),
+        )
+        client.update_deployment(there.id, ours)
+    return deployment.full_name
 
 
 def _pool(client: SyncPrefectClient) -> list[str]:
@@ -106,39 +127,9 @@ def _limit(client: SyncPrefectClient) -> list[str]:
         return [f"limit {TRAINING_LIMIT}: one training at a time"]
 
 
-def _zombies(client: SyncPrefectClient) -> list[str]:
-    if client.read_automations_by_name(ZOMBIES):
-        return []
-    automation = AutomationCore(
-        name=ZOMBIES,
-        description="No heartbeat for a while: the machine or both processes died without a word.",
-        trigger=EventTrigger(
-            posture=Posture.Proactive,
-            after={HEARTBEAT},
-            expect={HEARTBEAT, *(f"prefect.flow-run.{end}" for end in ENDS)},
-            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-            for_each={"prefect.resource.id"},
-            threshold=1,
-            within=timedelta(seconds=2 * HEARTBEAT_SECONDS),
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message=(
-                    "its processes are gone, or cannot reach this server. Press Retry: it "
-                    "goes on from the newest checkpoint"
-                ),
-            )
-        ],
-    )
-    client.create_automation(automation)
-    return [f"automation '{ZOMBIES}'"]
-
-
 def _deployment(definition: dict[str, Any]) -> RunnerDeployment:
-    module, _, name = definition["entrypoint"].rpartition(".")
     return RunnerDeployment.from_flow(
-        getattr(import_module(module), name),
+        _flow(definition),
         name=definition["name"],
         description=definition.get("description"),
         tags=definition.get("tags"),
@@ -147,3 +138,13 @@ def _deployment(definition: dict[str, Any]) -> RunnerDeployment:
         job_variables=definition["work_pool"].get("job_variables"),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
+
+
+def _flow(definition: dict[str, Any]) -> Any:
+    module, _, name = definition["entrypoint"].rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _schedule(value: dict[str, Any]) -> DeploymentScheduleCreate:
+    cron = CronSchedule(cron=value["cron"], timezone=value["timezone"])
+    return DeploymentScheduleCreate(schedule=cron, active=value["active"])

@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prefect import flow
-from prefect.events import emit_event
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
 
 from ditty import basemodel, preflight, stages
 from ditty.artifacts import Store
@@ -18,13 +16,12 @@ from ditty.errors import RunError
 from ditty.promotion import Comparison, InPlace, Promotions, candidate_name
 from ditty.spec import ModelSpec, RunSpec, TrainSpec
 from flows import line, tasks
+from flows.automations import PROMOTED, tell
 from flows.evaluate import measure
 from flows.frame import framed, run_name
 from flows.line import Prepared
 from flows.publish import publish_refresh
 from flows.tasks import Caller
-
-PROMOTED = "ditty.model.promoted"  # the event
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,10 @@ def _compare(
     )
     inputs = train.inputs
     evaluation = stages.evaluate_ref(call.spec, inputs["data"], inputs["model"], train.key)
-    where = call(tasks.promote, promotions.ref(pointer, evaluation.key), promotions, pointer)
-    _tell(promotions.name, pointer, where)
-    return Outcome(run, train.key, True, f"promoted: {comparison}", pointer.result, comparison)
+    call(tasks.promote, promotions.ref(pointer, evaluation.key), promotions, pointer)
+    why = f"promoted: {comparison}"
+    tell(PROMOTED, promotions.name, f"{why}. It is in {pointer.result}")
+    return Outcome(run, train.key, True, why, pointer.result, comparison)
 
 
 def _measure_in_place(
@@ -168,18 +166,3 @@ def _to_load(current: InPlace, spec: RunSpec) -> RunSpec:
 def _tokenizer(found: stages.StageLine) -> str:
     assert found.model_dir is not None, "the base model was fetched"
     return basemodel.tokenizer_digest(found.model_dir)
-
-
-def _tell(name: str, pointer: InPlace, where: str) -> None:
-    """An event, for automations."""
-    emit_event(
-        event=PROMOTED,
-        resource={"prefect.resource.id": f"ditty.model.{name}", "prefect.resource.name": name},
-        related=[
-            {
-                "prefect.resource.id": f"prefect.flow-run.{flow_run.id}",
-                "prefect.resource.role": "flow-run",
-            }
-        ],
-        payload={"promotion": where, "result": pointer.result, "loss": pointer.loss},
-    )

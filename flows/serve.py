@@ -28,7 +28,8 @@ from ditty.errors import RunError
 from ditty.files import locked, write_json
 from ditty.signals import stop_signal
 from flows import server
-from flows.deploy import HEARTBEAT_SECONDS, POOL, Applied, apply
+from flows.automations import HEARTBEAT_SECONDS
+from flows.deploy import POOL, Applied, apply
 from flows.sweep import crash_orphans
 
 # The guard's patience: the worker and a training that saves (launch.grace_seconds) fit in.
@@ -62,9 +63,11 @@ class Served:
     applied: Applied
 
 
-def serve(host: str, port: int, on_up: Callable[[Served], None]) -> None:
+def serve(host: str, port: int, on_up: Callable[[Served], None], notify: str | None = None) -> None:
     """Serve until SIGINT or SIGTERM; `on_up` is called once all is there.
 
+    Args:
+        notify: see `deploy.apply`.
     Raises:
         RunError: something else serves here, a local run holds the database, or a part does not
             start or ends by itself.
@@ -84,7 +87,7 @@ def serve(host: str, port: int, on_up: Callable[[Served], None]) -> None:
             write_json(place / "server.json", {"url": api, "serves": True})
         stack.callback((place / "server.json").unlink, missing_ok=True)
         stack.enter_context(temporary_settings({PREFECT_API_URL: api}))
-        applied = apply()
+        applied = apply(notify)
         worker = stack.enter_context(_worker(place, api))
         on_up(Served(url, place, database(), applied))
         _watch((prefect, worker), stopped)

@@ -14,10 +14,19 @@ console = Console(highlight=False)
 
 DEFAULT_PORT = 4200
 
+Notify = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE/NAME",
+        help="Block that tells of failed and stalled runs and of promotions: slack-webhook/team.",
+    ),
+]
+
 
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = DEFAULT_PORT,
+    notify: Notify = None,
 ) -> None:
     """Serve runs from the browser: server, worker and deployments on this machine.
 
@@ -31,11 +40,11 @@ def serve(
         console.print(f"\n[bold]open[/] {served.url}/v2/deployments and press Run. Ctrl-C ends it")
 
     console.print("starting Prefect's server")
-    serving.serve(host, port, on_up)
+    serving.serve(host, port, on_up, notify)
     console.print("stopped; a training that ran has saved a checkpoint")
 
 
-def deploy() -> None:
+def deploy(notify: Notify = None) -> None:
     """Put ditty's work pool, limit, automations and deployments on the server of PREFECT_API_URL.
 
     What is there is brought up to date. A machine that trains then runs
@@ -51,7 +60,7 @@ def deploy() -> None:
         )
     from flows.deploy import POOL, apply
 
-    _print_applied(apply())
+    _print_applied(apply(notify))
     console.print(f"\nat {url}. On each machine that trains: prefect worker start --pool {POOL}")
 
 

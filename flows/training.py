@@ -28,6 +28,7 @@ from ditty.remote import Remote
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from ditty.stages import StageRef
+from flows.automations import STALLED, tell
 from flows.mirror import Logger, Mirror, fetch_newer, fetch_result
 from flows.progress import Event, EventState, emit
 from flows.publish import LiveReport
@@ -207,7 +208,11 @@ class Reporter:
         """
         if self.cancelled.is_set():
             raise CancelRequested("the flow run was cancelled while nothing else could stop it")
-        self.stall.check()
+        try:
+            self.stall.check()
+        except Crashed as error:
+            tell(STALLED, self.run.root.name, str(error))
+            raise
         if self._read():
             emit(Event(self.title, EventState.PROGRESS, self.step, self.total, self.message))
         if self.total and time.monotonic() >= self._logged + REPORT_SECONDS:

@@ -16,6 +16,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["DITTY_HOME"] = str(config.ditty_home / "ditty")  # type: ignore[attr-defined]
     os.environ["PREFECT_HOME"] = str(config.ditty_home / "prefect")  # type: ignore[attr-defined]
     os.environ["DO_NOT_TRACK"] = "1"
+    # Tiny models: a second thread costs more in waiting than it computes, here and in all below.
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
     os.environ.pop("PREFECT_API_URL", None)
 

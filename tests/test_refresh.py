@@ -20,9 +20,10 @@ from ditty.promotion import Comparison, InPlace, Promotions, candidate_name
 from ditty.remote import Remote
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
+from flows.automations import PROMOTED
 from flows.evaluate import evaluate
 from flows.progress import Event, EventState, listen
-from flows.refresh import PROMOTED, refresh
+from flows.refresh import refresh
 from tests.served import tiny_spec
 
 
@@ -129,7 +130,7 @@ def _promoted_events(api: str, expected: int) -> list[str]:
     while True:
         found = httpx.post(f"{api}/events/filter", json=filters, trust_env=False).json()["events"]
         if len(found) >= expected or time.monotonic() >= end:
-            return [event["payload"]["result"] for event in found]
+            return [event["payload"]["text"].rpartition(" ")[2] for event in found]
         time.sleep(0.2)
 
 

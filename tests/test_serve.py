@@ -17,7 +17,7 @@ from prefect.exceptions import ObjectNotFound
 from ditty.demo import demo_spec
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
-from flows import deploy
+from flows import automations, deploy
 from tests.postgres import postgres
 from tests.processes import ROOT
 from tests.served import COMMAND, Serving, tiny_spec
@@ -26,7 +26,8 @@ from tests.served import COMMAND, Serving, tiny_spec
 def test_the_parameters_of_each_deployment_are_a_spec() -> None:
     for definition in deploy.definitions():
         spec = RunSpec.model_validate(definition["parameters"]["spec"])
-        assert definition["entrypoint"] == "flows.finetune.finetune"
+        name = definition["name"]
+        assert definition["entrypoint"] == f"flows.{name}.{name}" and name in automations.FLOWS
         assert definition["work_pool"]["name"] == deploy.POOL
         values = definition["work_pool"]["job_variables"]["env"]
         assert values == {"DITTY_TRAINING_LIMIT": deploy.TRAINING_LIMIT}
@@ -34,9 +35,9 @@ def test_the_parameters_of_each_deployment_are_a_spec() -> None:
 
 
 def test_the_default_of_the_form_is_the_demo() -> None:
-    (definition,) = deploy.definitions()
     demo = yaml.safe_load((Path(demo_spec.__code__.co_filename).parent / "demo.yaml").read_text())
-    assert definition["parameters"]["spec"] == demo
+    for definition in deploy.definitions():
+        assert definition["parameters"]["spec"] == demo
 
 
 def test_deploying_twice_changes_nothing_that_a_person_changed(prefect_api: str) -> None:
@@ -48,15 +49,22 @@ def test_deploying_twice_changes_nothing_that_a_person_changed(prefect_api: str)
             client.read_work_pool(deploy.POOL)
         first = deploy.apply()
         assert len(first.made) == 3
-        before = client.read_deployment_by_name("finetune/finetune")
+        before = client.read_deployment_by_name("refresh/refresh")
+        (nightly,) = before.schedules
+        assert (nightly.active, nightly.schedule.timezone) == (False, "UTC")
+        mine = {"spec": {**before.parameters["spec"], "name": "mine"}}
+        client.update_deployment(before.id, DeploymentUpdate(parameters=mine))
+        client.update_deployment_schedule(before.id, nightly.id, active=True)
         client.update_global_concurrency_limit(
             deploy.TRAINING_LIMIT, GlobalConcurrencyLimitUpdate(limit=4)
         )
         again = deploy.apply()
         assert again.made == [] and again.deployments == first.deployments
-        assert client.read_deployment_by_name("finetune/finetune").id == before.id
+        after = client.read_deployment_by_name("refresh/refresh")
+        assert (after.id, after.parameters) == (before.id, mine)
+        assert [s.active for s in after.schedules] == [True]
         assert client.read_global_concurrency_limit_by_name(deploy.TRAINING_LIMIT).limit == 4
-        assert len(client.read_automations_by_name(deploy.ZOMBIES)) == 1
+        assert len(client.read_automations_by_name(automations.ZOMBIES)) == 1
 
 
 def test_another_server_is_not_taken_for_ones_own(tmp_path: Path) -> None:
