@@ -12,6 +12,7 @@ from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from ditty.stages import StageLine
 from flows import tasks
+from flows.publish import publish_lineage
 from flows.tasks import Caller
 from flows.training import Work
 
@@ -50,6 +51,7 @@ def train(call: Caller, line: StageLine) -> Prepared:
     line = prepared.line
     ref = line.need("train")
     done = [*prepared.done, call.cached(tasks.train, ref, prepared.work)]
+    publish_lineage(store.path(ref.stage, ref.key), spec.name, store)
     if upload := line.only("upload"):
         done.append(call.cached(tasks.upload, upload, ref, spec, store))
     return replace(prepared, done=tuple(done))

@@ -23,10 +23,21 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext
 
+from ditty.artifacts import Store
+from ditty.lineage import lineage
 from ditty.rundir import RunDir
 from flows.costs import StageBook
 from flows.mirror import Logger
-from flows.report import History, artifact_key, code, data_facts, escape, markdown
+from flows.report import (
+    History,
+    artifact_key,
+    code,
+    data_facts,
+    escape,
+    lineage_link,
+    markdown,
+)
+from flows.views import lineage_markdown
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +130,18 @@ class LiveReport:
 def publish_stages(book: StageBook, name: str) -> None:
     """The table of the stages that the flow run came to, as it ends, however it ends."""
     if book.entries:
-        key, about = artifact_key("stages", name), book.summary()
+        key, about = artifact_key("stages", name), f"{book.summary()}. {lineage_link(name)}"
         within(TABLE_SECONDS, lambda: create_table_artifact(book.rows(), key, about))
+
+
+def publish_lineage(result: Path, name: str, store: Store) -> None:
+    """What a result was made from; the run's other pages link to it."""
+
+    def act() -> None:
+        text = lineage_markdown(lineage(str(result), store))
+        create_markdown_artifact(text, artifact_key("lineage", name), "what the result is made of")
+
+    within(TABLE_SECONDS, act)
 
 
 def publish_evaluation(name: str, found: dict[str, dict[str, Any]]) -> None:

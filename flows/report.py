@@ -285,6 +285,7 @@ def _places_section(run: RunDir, upload_url: str | None) -> str:
     ]
     if upload_url:
         lines.append(f"- copied to: {code(f'{upload_url}/{run.root.name}')}")
+    lines.append(f"- {lineage_link(run.root.name)}, once it is trained")
     return "## Checkpoints\n\n" + "\n".join(lines)
 
 
@@ -387,6 +388,11 @@ def fenced(text: str) -> str:
 
 def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def lineage_link(name: str) -> str:
+    """To the newest lineage of the run `name`, in Prefect's UI."""
+    return f"[what the result is made of](/v2/artifacts/key/{artifact_key('lineage', name)})"
 
 
 def artifact_key(kind: str, name: str) -> str:

@@ -1,42 +1,59 @@
-"""What the `ditty` command draws: trees."""
+"""How a chain of artifacts is shown: as a tree on a terminal, as a list on a page."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.markup import escape
 from rich.tree import Tree
 
 from ditty.lineage import Node
+from flows.report import code
 
 SHORT = 12  # digits of a hash that people compare
 
 
 def lineage_tree(node: Node) -> Tree:
     """The chain as a tree, the newest at the top."""
-    tree = Tree(_line(node))
+    tree = Tree(f"[bold]{node.kind}[/] {escape(_title(node))}".rstrip())
     _fill(tree, node)
     return tree
 
 
-def _line(node: Node) -> str:
-    names = " ".join(escape(name) for name in node.names.values())
-    if not node.where:
-        return f"[bold]{node.kind}[/] {node.key[:SHORT]} [yellow]not in this store[/]"
-    return " ".join(filter(None, [f"[bold]{node.kind}[/]", node.key[:SHORT], names]))
-
-
 def _fill(tree: Tree, node: Node) -> None:
+    if not node.where:
+        tree.add("[yellow]not in this store[/]")
+    for name, text in _lines(node):
+        tree.add(f"{name} {escape(text)}" if name != "where" else f"[dim]{escape(text)}[/]")
+    for parent in node.parents:
+        _fill(tree.add(f"[bold]{parent.kind}[/] {escape(_title(parent))}".rstrip()), parent)
+
+
+def lineage_markdown(node: Node, depth: int = 0) -> str:
+    """The chain as nested lists, the newest first."""
+    indent = "  " * depth
+    gone = "" if node.where else " (not in this store)"
+    lines = [f"{indent}- **{node.kind}** {code(_title(node))}{gone}"]
+    lines += [f"{indent}  - {name}: {code(text)}" for name, text in _lines(node)]
+    lines += [lineage_markdown(parent, depth + 1) for parent in node.parents]
+    return "\n".join(lines)
+
+
+def _title(node: Node) -> str:
+    return " ".join(filter(None, [node.key[:SHORT], *node.names.values()]))
+
+
+def _lines(node: Node) -> Iterator[tuple[str, str]]:
+    """(what, its value) of all that is known of one link."""
     if node.where:
-        tree.add(f"[dim]{escape(node.where)}[/]")
-        tree.add(f"content {node.digest[:SHORT]}")
+        yield "where", node.where
+        yield "content", node.digest[:SHORT]
     if node.counts:
-        tree.add(", ".join(f"{name} {count:,}" for name, count in node.counts.items()))
+        yield "counts", ", ".join(f"{name} {count:,}" for name, count in node.counts.items())
     if node.made_by:
         run = node.made_by.get("flow_run") or "no flow run"
-        tree.add(f"made by ditty {node.made_by['ditty']}, {run}, {node.made_by['at']}")
+        yield "made by", f"ditty {node.made_by['ditty']}, {run}, {node.made_by['at']}"
     for name, value in node.inputs.items():
-        tree.add(f"{name}: {escape(_short(value))}")
-    for parent in node.parents:
-        _fill(tree.add(_line(parent)), parent)
+        yield name, _short(value)
 
 
 def _short(value: Any) -> str:
