@@ -18,6 +18,8 @@ from typing import Any
 
 from ditty.errors import StoreError
 
+GLANCE_SECONDS = 0.02  # longer than `is_held` has a lock
+
 
 def canonical_json(value: Any) -> bytes:
     """`value` as JSON bytes that depend on its content only: sorted keys, no spaces, no NaN."""
@@ -91,22 +93,25 @@ def make_dir(path: Path) -> Path:
     return path
 
 
-def _try_lock(fd: int) -> bool:
+def _try_lock(fd: int, shared: bool) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
 class FileLock:
-    """An exclusive lock between processes, freed by the kernel when the holder dies.
+    """A lock between processes, freed by the kernel when the holder dies.
 
     The file stays after release: removing it would let two holders lock two different inodes.
+
+    Args:
+        shared: held beside others that share it, and beside none that does not.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, shared: bool = False):
+        self.path, self.shared = path, shared
         self._fd: int | None = None
 
     def acquire(self, timeout: float | None = None, poll: float = 0.05) -> bool:
@@ -116,7 +121,7 @@ class FileLock:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
-                if _try_lock(fd):
+                if _try_lock(fd, self.shared):
                     self._fd = fd
                     return True
                 if end is not None and time.monotonic() >= end:
@@ -134,10 +139,25 @@ class FileLock:
         self._fd = None
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock at `path` for the block, waiting as long as it takes."""
+def is_held(path: Path) -> bool:
+    """Whether anybody holds the lock at `path`, shared or not; creates nothing.
+
+    To know, it takes the lock for an instant. Who must not fail for that waits GLANCE_SECONDS.
+    """
+    if not path.exists():
+        return False
     lock = FileLock(path)
+    # Another one that asks may be in the way, for as short a time: the second try tells.
+    free = lock.acquire(GLANCE_SECONDS, poll=GLANCE_SECONDS)
+    if free:
+        lock.release()
+    return not free
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock at `path` for the block, waiting as long as it takes."""
+    lock = FileLock(path, shared=shared)
     lock.acquire()
     try:
         yield

@@ -33,6 +33,7 @@ from ditty.files import write_atomic, write_json
 from ditty.machines import resolve_machines
 from ditty.rundir import Result, Status, read_result
 from ditty.spec import LaunchSpec
+from ditty.tail import LineTail
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ RECORDED_PACKAGES = ("ditty", "torch", "transformers", "accelerate", "peft", "bi
 
 POLL_SECONDS = 0.2
 CHECK_SECONDS = 1.0
-READ_BYTES = 1 << 20
 RECENT_LINES = 20
 LINE_CHARACTERS = 400  # of each recent line, in an error message
 JOIN_MARGIN_SECONDS = 300.0
@@ -160,7 +160,11 @@ def run_guarded(
             "elsewhere nothing can make sure that no process outlives a run"
         )
     # Whatever happens here, leaving the block closes our end of the pipe, and that stops the guard.
-    with open(log_path, "ab") as output, _Tail(log_path) as tail, _Pipe() as pipe:
+    with (
+        open(log_path, "ab") as output,
+        LineTail(log_path, at_end=True) as tail,
+        _Pipe() as pipe,
+    ):
         guard = subprocess.Popen(
             [sys.executable, "-m", "ditty.guard", str(pipe.reader), f"{grace:g}", *command],
             env=dict(env),
@@ -175,7 +179,8 @@ def run_guarded(
         except BaseException:
             _stop(guard, grace)
             with suppress(Exception):  # the first exception is the one to tell
-                tail.read(on_line, last=True)
+                for line in tail.read(last=True):
+                    on_line(line)
             raise
     code: int = guard.returncode
     return code if code >= 0 else 128 - code
@@ -183,7 +188,7 @@ def run_guarded(
 
 def _follow(
     guard: "subprocess.Popen[bytes]",
-    tail: "_Tail",
+    tail: LineTail,
     on_line: Callable[[str], None],
     check: Callable[[], None],
 ) -> None:
@@ -195,11 +200,13 @@ def _follow(
             pass
         else:
             break
-        tail.read(on_line)
+        for line in tail.read():
+            on_line(line)
         if time.monotonic() >= next_check:
             check()
             next_check = time.monotonic() + CHECK_SECONDS
-    tail.read(on_line, last=True)
+    for line in tail.read(last=True):
+        on_line(line)
 
 
 def _stop(guard: "subprocess.Popen[bytes]", grace: float) -> None:
@@ -225,45 +232,6 @@ class _Pipe:
     def __exit__(self, *_: object) -> None:
         os.close(self.writer)
         os.close(self.reader)
-
-
-class _Tail:
-    """Follows a growing file from its present end, in complete lines."""
-
-    def __init__(self, path: Path):
-        self._file = open(path, "rb")  # noqa: SIM115  (closed by __exit__)
-        self._file.seek(0, os.SEEK_END)
-        self._partial = b""
-
-    def __enter__(self) -> "_Tail":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read(self, on_line: Callable[[str], None], *, last: bool = False) -> None:
-        """Hand over the lines that are complete by now; `last`: everything up to the end."""
-        while True:
-            block = self._file.read(READ_BYTES)
-            *lines, partial = (self._partial + block).split(b"\n")
-            # A progress bar never ends its line: keep its last state only, or this would grow.
-            self._partial = _last_state(partial)
-            for line in lines:
-                on_line(_text(line))
-            if not last or not block:
-                break
-        if last and self._partial:
-            on_line(_text(self._partial))
-            self._partial = b""
-
-
-def _last_state(line: bytes) -> bytes:
-    """`line` without the states that a carriage return has overwritten; its last one stays."""
-    return line[line.rstrip(b"\r").rfind(b"\r") + 1 :]
-
-
-def _text(line: bytes) -> str:
-    return _last_state(line).rstrip(b"\r").decode("utf-8", "replace")
 
 
 def accelerate_command(launch: LaunchSpec, attempt: Path, arguments: Sequence[str]) -> list[str]:

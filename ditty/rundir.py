@@ -2,12 +2,14 @@
 
 runs/<name>/
   spec.json                      written once a run; no secrets
-  stages/<stage>/<attempt>/      launch.json, accelerate.yaml, log.txt, heartbeat/, result.json
+  stages/<stage>/<attempt>/      job.json, launch.json, accelerate.yaml, log.txt, heartbeat/,
+                                 result.json, or crashed.json where there is none
   metrics.jsonl                  append-only; the last record of a step wins
   samples.jsonl                  completions of held-out prompts, before and after
   checkpoints/step_000000200/    a manifest.json means committed
   stop                           the flow asks: checkpoint, then exit
   lock                           held by the training process
+  flow                           a lock that the flows of the run share, from start to end
 """
 
 import json
@@ -21,9 +23,10 @@ from typing import Any
 
 from ditty.artifacts import MANIFEST, default_home
 from ditty.errors import ArtifactDamaged, RunError
-from ditty.files import FileLock, make_dir, read_json, write_json
+from ditty.files import FileLock, is_held, make_dir, read_json, write_json
 from ditty.spec import RUN_NAME
 
+CRASH_FILE = "crashed.json"  # the flow's, of an attempt that left no result
 STEP_NAME = re.compile(r"step_(\d{9})")
 
 
@@ -66,6 +69,8 @@ class RunDir:
         self.metrics_file = root / "metrics.jsonl"
         self.samples_file = root / "samples.jsonl"
         self.stop_file = root / "stop"
+        self.flow_lock = root / "flow"
+        self._training_lock = root / "lock"
         self.checkpoints = root / "checkpoints"
 
     @classmethod
@@ -112,7 +117,19 @@ class RunDir:
 
     def training_lock(self) -> FileLock:
         """Held by rank 0 for as long as it may write here."""
-        return FileLock(self.root / "lock")
+        return FileLock(self._training_lock)
+
+    def is_training(self) -> bool:
+        """Whether a process holds the training lock."""
+        return is_held(self._training_lock)
+
+    def has_flow(self) -> bool:
+        """Whether a flow of this run is alive: it may start attempts, or wait to."""
+        return is_held(self.flow_lock)
+
+    def is_alive(self) -> bool:
+        """Whether anything may still be written here: a training may outlive its flow to save."""
+        return self.has_flow() or self.is_training()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Records of metrics.jsonl in step order, the last record of a (step, kind) winning.

@@ -1,11 +1,17 @@
 """How far runs are, read from their directories."""
 
+import math
+import statistics
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ditty.artifacts import Store
 from ditty.errors import RunError
-from ditty.rundir import RunDir, Status, read_result
+from ditty.rundir import CRASH_FILE, RunDir, Status, read_result
+from ditty.tail import RecordTail
+from ditty.timeleft import RECENT_STEPS, seconds_left
 
 
 @dataclass(frozen=True)
@@ -13,71 +19,131 @@ class RunStatus:
     """One run as its directory tells.
 
     Attributes:
-        state: "training", or how the last attempt ended: ok, preempted, failed, crashed; "new"
-            where training has not been started.
-        loss, eval_loss: the newest.
+        state: "training"; "starting" where a flow has begun an attempt that does not train yet; or
+            how the last attempt ended: ok, preempted, failed, crashed; "new" where training has
+            not been started.
+        alive: a flow of it, or its training, is there; more may come.
+        step, loss, eval_loss: the newest.
+        tokens_per_second, seconds_left: by the recent steps, while training; else None.
         checkpoints: committed steps.
         message: of the last attempt's end.
     """
 
     name: str
     state: str
+    alive: bool
     step: int
     total_steps: int
     loss: float | None
     eval_loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
     checkpoints: list[int]
     directory: Path
     message: str = ""
 
 
-def run_status(name: str, store: Store) -> RunStatus:
-    """The status of one run.
+class Runs:
+    """One run of a store, or all of them by name; each `read` takes only what is new.
+
+    Raises:
+        RunError: there is no run `name`; names those there are.
+    """
+
+    def __init__(self, store: Store, name: str | None = None):
+        self.store, self.name = store, name
+        self._readers: dict[str, _Reader] = {}
+        if name:
+            find_run(store, name)
+
+    def read(self) -> list[RunStatus]:
+        """How far they are now."""
+        names = [self.name] if self.name else run_names(self.store)
+        self._readers = {
+            name: self._readers.get(name) or _Reader(RunDir.named(name, self.store.home))
+            for name in names
+        }
+        return [reader.read() for reader in self._readers.values()]
+
+
+def run_names(store: Store) -> list[str]:
+    """The names of a store's runs, sorted."""
+    folder = store.home / "runs"
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
+def find_run(store: Store, name: str) -> RunDir:
+    """The directory of a run that is there.
 
     Raises:
         RunError: there is no such run; names those there are.
     """
     run = RunDir.named(name, store.home)
     if not run.root.is_dir():
-        names = ", ".join(r.name for r in list_runs(store)) or "none"
+        names = ", ".join(run_names(store)) or "none"
         raise RunError(f"there is no run {name} in {store.home}; runs there: {names}")
-    records = list(run.metrics())
-    steps = [r for r in records if r["kind"] == "train"]
-    losses = [r["loss"] for r in records if r["kind"] == "eval"]
-    state, message = _state(run)
-    return RunStatus(
-        name=name,
-        state=state,
-        step=steps[-1]["step"] if steps else 0,
-        total_steps=steps[-1]["total_steps"] if steps else 0,
-        loss=steps[-1]["loss"] if steps else None,
-        eval_loss=losses[-1] if losses else None,
-        checkpoints=run.committed_steps(),
-        directory=run.root,
-        message=message,
-    )
+    return run
 
 
-def _state(run: RunDir) -> tuple[str, str]:
+class _Reader:
+    """One run; keeps of its metrics what a status shows."""
+
+    def __init__(self, run: RunDir):
+        self.run = run
+        self._metrics = RecordTail(run.metrics_file)
+        self._last: dict[str, Any] = {}
+        self._eval_loss: float | None = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
+
+    def read(self) -> RunStatus:
+        # First: what is not alive by now has written all that it will.
+        has_flow, training = self.run.has_flow(), self.run.is_training()
+        self._read_metrics()
+        state, message = _state(self.run, has_flow, training)
+        step, total = self._last.get("step", 0), self._last.get("total_steps", 0)
+        seconds, speeds = self._known("seconds"), self._known("tokens_per_second")
+        return RunStatus(
+            name=self.run.root.name,
+            state=state,
+            alive=has_flow or training,
+            step=step,
+            total_steps=total,
+            loss=self._last.get("loss"),
+            eval_loss=self._eval_loss,
+            tokens_per_second=statistics.median(speeds) if training and speeds else None,
+            seconds_left=seconds_left(step, total, seconds) if training else None,
+            checkpoints=self.run.committed_steps(),
+            directory=self.run.root,
+            message=message,
+        )
+
+    def _read_metrics(self) -> None:
+        for record in self._metrics.read():
+            if record["kind"] == "eval":
+                self._eval_loss = record["loss"]
+            elif record["kind"] == "train":
+                if record["step"] <= self._last.get("step", 0):
+                    self._recent.clear()  # resumed, maybe on another machine
+                self._last = record
+                self._recent.append(record)
+
+    def _known(self, name: str) -> list[float]:
+        return [r[name] for r in self._recent if math.isfinite(r.get(name, math.nan))]
+
+
+def _state(run: RunDir, has_flow: bool, training: bool) -> tuple[str, str]:
     attempts = run.attempts("train")
+    if training:
+        return "training", ""
     if not attempts:
         return "new", ""
-    lock = run.training_lock()
-    if lock.acquire(timeout=0):
-        lock.release()
-    else:
-        return "training", ""
-    result = read_result(attempts[-1])
+    newest = attempts[-1]
+    result = read_result(newest)
     if result is None:
-        return "crashed", f"the log is {attempts[-1] / 'log.txt'}"
+        # The first heartbeat follows the training lock.
+        begun = (newest / "heartbeat").exists() or (newest / CRASH_FILE).exists()
+        if has_flow and not begun:
+            return "starting", ""
+        return "crashed", f"the log is {newest / 'log.txt'}"
     word = {Status.OK: "ok", Status.PREEMPTED: "preempted", Status.FAILED: "failed"}
     return word[result.status], result.message
-
-
-def list_runs(store: Store) -> list[RunStatus]:
-    """All runs of a store, by name."""
-    folder = store.home / "runs"
-    if not folder.is_dir():
-        return []
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    return [run_status(name, store) for name in names]

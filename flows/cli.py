@@ -18,6 +18,7 @@ from ditty.errors import DittyError
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
 from flows.serve_command import deploy, serve
+from flows.watch_commands import logs, status
 
 app = typer.Typer(
     help="Fine-tune Hugging Face causal language models, stage by stage.",
@@ -27,6 +28,8 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(deploy)
+app.command()(status)
+app.command()(logs)
 console = Console(highlight=False)
 
 SpecFile = Annotated[Path, typer.Argument(help="The spec, a YAML file.")]
@@ -139,30 +142,6 @@ def plan(
 
 
 @app.command()
-def status(
-    name: Annotated[str | None, typer.Argument(help="A run's name; none lists all.")] = None,
-) -> None:
-    """Say how far runs are."""
-    from ditty.status import list_runs, run_status
-
-    store = Store()
-    table = Table(
-        "run", "state", "step", "loss", "held-out", "checkpoints", box=None, pad_edge=False
-    )
-    runs = [run_status(name, store)] if name else list_runs(store)
-    for line in runs:
-        checkpoints = ", ".join(str(s) for s in line.checkpoints) or "-"
-        step = f"{line.step}/{line.total_steps}" if line.total_steps else str(line.step)
-        row = (step, _loss(line.loss), _loss(line.eval_loss), checkpoints)
-        table.add_row(line.name, line.state, *row)
-    console.print(table if runs else f"no runs in {store.home}; start one with `ditty demo`")
-    for line in runs if name else []:
-        console.print(f"directory  {line.directory}", soft_wrap=True)
-        if line.message:
-            console.print(escape(line.message), soft_wrap=True)
-
-
-@app.command()
 def lineage(
     where: Annotated[str, typer.Argument(help="A committed directory, or the URI of a copy.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -177,10 +156,6 @@ def lineage(
     else:
         # Paths are for copying: never cut.
         Console(highlight=False, width=1000).print(lineage_tree(node))
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _number(value: Any) -> str:

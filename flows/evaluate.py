@@ -8,6 +8,7 @@ from prefect.logging import get_run_logger
 from ditty import preflight, stages
 from ditty.artifacts import Store
 from ditty.errors import RunError
+from ditty.files import locked
 from ditty.remote import Remote
 from ditty.spec import RunSpec
 from flows import tasks
@@ -45,7 +46,8 @@ def measure(call: Caller, prepared: Prepared, trained: str | None) -> dict[str, 
     """The evaluation of one result of this spec; None: of its base model."""
     inputs = prepared.line.need("train").inputs
     ref = stages.evaluate_ref(call.spec, inputs["data"], inputs["model"], trained)
-    call.cached(tasks.evaluate, ref, prepared.work.of_result(trained))
+    with locked(prepared.work.run.flow_lock, shared=True):
+        call.cached(tasks.evaluate, ref, prepared.work.of_result(trained))
     return tasks.evaluation(ref, call.store)
 
 

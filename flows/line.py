@@ -7,7 +7,7 @@ from typing import Any
 
 from ditty import preflight, stages
 from ditty.artifacts import Store
-from ditty.files import make_dir, write_json
+from ditty.files import locked, make_dir, write_json
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from ditty.stages import StageLine
@@ -47,13 +47,14 @@ def train(call: Caller, line: StageLine) -> Prepared:
     """All stages of the spec; `line` as `preflight.check` has resolved it."""
     spec, store = call.spec, call.store
     begin(spec, store)
-    prepared = prepare(call, line)
-    line = prepared.line
-    ref = line.need("train")
-    done = [*prepared.done, call.cached(tasks.train, ref, prepared.work)]
-    publish_lineage(store.path(ref.stage, ref.key), spec.name, store)
-    if upload := line.only("upload"):
-        done.append(call.cached(tasks.upload, upload, ref, spec, store))
+    with locked(RunDir.named(spec.name, store.home).flow_lock, shared=True):
+        prepared = prepare(call, line)
+        line = prepared.line
+        ref = line.need("train")
+        done = [*prepared.done, call.cached(tasks.train, ref, prepared.work)]
+        publish_lineage(store.path(ref.stage, ref.key), spec.name, store)
+        if upload := line.only("upload"):
+            done.append(call.cached(tasks.upload, upload, ref, spec, store))
     return replace(prepared, done=tuple(done))
 
 

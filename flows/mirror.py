@@ -16,7 +16,7 @@ from typing import Any
 
 from ditty.artifacts import Store, staging_dir
 from ditty.errors import ArtifactDamaged, DittyError, StoreError
-from ditty.files import fsync_path
+from ditty.files import GLANCE_SECONDS, fsync_path
 from ditty.identity import check_identity
 from ditty.remote import Remote, final_name
 from ditty.rundir import STEP_NAME, RunDir, best_step, step_name
@@ -56,7 +56,7 @@ def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logg
     local = run.committed_steps()
     newer = [s for s in remote_steps(remote, run.root.name) if not local or s > local[-1]]
     lock = run.training_lock()
-    if not newer or not lock.acquire(0):
+    if not newer or not lock.acquire(GLANCE_SECONDS):
         return None
     try:
         problem: ArtifactDamaged | None = None

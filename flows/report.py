@@ -7,14 +7,13 @@ gives at most MAX_BYTES, since each part of it has a bound of its own.
 import base64
 import hashlib
 import io
-import json
 import math
 import re
 import statistics
 import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,8 @@ from unicodedata import category
 from ditty.artifacts import read_manifest
 from ditty.errors import ArtifactDamaged
 from ditty.rundir import RunDir
+from ditty.tail import RecordTail
+from ditty.timeleft import RECENT_STEPS, duration, seconds_left
 
 if TYPE_CHECKING:  # matplotlib costs a second; the flow imports this module and may draw nothing
     from matplotlib.axes import Axes
@@ -34,7 +35,6 @@ INCHES, DPI = (9.0, 6.0), 100
 MAX_SAMPLES = 4
 LONGEST_TEXT = 800  # characters of a prompt or completion: at most 4 bytes each
 LONGEST_LINE = 300
-RECENT_STEPS = 20
 
 CURVES = ("loss", "learning_rate", "tokens_per_second", "memory_bytes", "seconds")
 
@@ -90,7 +90,7 @@ class History:
         self.total = 0
         self.train, self.evaluated = Curve(CURVES), Curve(["loss"])
         self.samples: list[dict[str, Any]] = []
-        self._offsets: dict[Path, int] = {}
+        self._metrics, self._samples = RecordTail(run.metrics_file), RecordTail(run.samples_file)
 
     @property
     def step(self) -> int:
@@ -100,7 +100,7 @@ class History:
     def read(self) -> bool:
         """Take what is new; returns whether there was anything."""
         new = False
-        for record in self._records(self.run.metrics_file):
+        for record in self._metrics.read():
             new = True
             if record.get("kind") == "train":
                 self.total = int(record.get("total_steps", 0))
@@ -108,7 +108,7 @@ class History:
                 self.train.add(record["step"], record)
             elif record.get("kind") == "eval":
                 self.evaluated.add(record["step"], record)
-        for record in self._records(self.run.samples_file):
+        for record in self._samples.read():
             new = True
             if self.samples and self.samples[0]["step"] != record["step"]:
                 self.samples = []
@@ -116,41 +116,6 @@ class History:
                 texts = {k: shorten(str(v)) for k, v in record.items() if isinstance(v, str)}
                 self.samples.append({"step": record["step"], **texts})
         return new
-
-    def _records(self, path: Path) -> Iterator[dict[str, Any]]:
-        """New complete lines; one cut short by a crash is passed over."""
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            file.seek(self._offsets.get(path, 0))
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._offsets[path] = self._offsets.get(path, 0) + len(line)
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    yield record
-
-
-def seconds_left(step: int, total: int, recent: Sequence[float]) -> float | None:
-    """Steps left x the median of what recent ones took; None where nothing is known."""
-    known = [s for s in recent if not math.isnan(s)]
-    return max(total - step, 0) * statistics.median(known) if known and total else None
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{hours // 24} d {hours % 24} h"
 
 
 def data_facts(pack_dir: Path | None) -> dict[str, dict[str, Any]]:

@@ -25,15 +25,17 @@ from ditty.environment import resolve_device
 from ditty.errors import Crashed, RunError
 from ditty.files import read_json, write_json
 from ditty.remote import Remote
-from ditty.rundir import RunDir
+from ditty.rundir import CRASH_FILE, RunDir
 from ditty.spec import RunSpec
 from ditty.stages import StageRef
+from ditty.tail import RecordTail
+from ditty.timeleft import RECENT_STEPS, duration, seconds_left
 from flows.automations import STALLED, tell
 from flows.mirror import Logger, Mirror, fetch_newer, fetch_result
 from flows.progress import Event, EventState, emit
 from flows.publish import LiveReport
-from flows.report import RECENT_STEPS, artifact_key, duration, seconds_left
-from flows.watch import MetricsTail, StallWatch, level_of
+from flows.report import artifact_key
+from flows.watch import StallWatch, level_of
 
 REPORT_SECONDS = 10.0
 LEAVING_SECONDS = 10.0  # for the last report; the API answers in 0.1 s, drawing takes a second
@@ -42,8 +44,6 @@ CANCEL_SECONDS = 20.0
 
 LIMIT_VARIABLE = "DITTY_TRAINING_LIMIT"
 LEASE_SECONDS = 60.0  # Prefect's minimum: when its holder was killed, a slot is free after that
-
-CRASH_FILE = "crashed.json"
 
 
 class CancelRequested(RunError):
@@ -188,7 +188,7 @@ class Reporter:
         self.report = LiveReport(self.run, work.data_dir, work.spec.upload.url, log)
         self.state = "training"
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds a step
-        self.metrics = MetricsTail(self.run.metrics_file)
+        self.metrics = RecordTail(self.run.metrics_file, at_end=True)
         self.stall = StallWatch(attempt / "heartbeat")
         self.step, self.total, self.message = 0, 0, ""
         self.cancelled = threading.Event()

@@ -1,6 +1,5 @@
-"""What can be seen of a training process from outside: its log, its metrics, its heartbeats."""
+"""What can be seen of a training process from outside: levels of its log, its heartbeats."""
 
-import json
 import logging
 import re
 import time
@@ -33,30 +32,6 @@ def level_of(line: str) -> tuple[int, str]:
         return logging.INFO, line
     level = "DEBUG" if STEP_LINE.match(match[2]) else match[1]
     return logging.getLevelNamesMapping()[level], match[2]
-
-
-class MetricsTail:
-    """Reads the records that are appended to metrics.jsonl from now on."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """New complete records; a line cut short by a crash is passed over."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            lines, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(lines) + len(newline)
-        records = []
-        for line in lines.splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
-        return records
 
 
 class StallWatch:

@@ -1,11 +1,14 @@
-"""Starting flows in processes of their own, and ending them hard."""
+"""Processes of their own: flows, the `ditty` command, holders of locks; and ending them hard."""
 
+import json
 import os
+import select
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 
 import psutil
 
@@ -52,3 +55,107 @@ def kill_tree(child: "subprocess.Popen[bytes]") -> None:
             pass
     child.wait()
     assert not psutil.wait_procs(processes, timeout=10)[1], "a killed process is still there"
+
+
+class Holder:
+    """A process that holds a lock, and appends to files as it is told. A context manager.
+
+    Args:
+        path: of the lock.
+        shared: see `ditty.files.FileLock`.
+    """
+
+    SCRIPT = """
+import json, sys
+from pathlib import Path
+from ditty.files import locked
+with locked(Path(sys.argv[1]), shared=sys.argv[2] == "True"):
+    print("held", flush=True)
+    for order in sys.stdin:
+        path, text = json.loads(order)
+        with open(path, "a") as file:
+            file.write(text)
+        print("written", flush=True)
+"""
+
+    def __init__(self, path: Path, *, shared: bool = False):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.SCRIPT, str(path), str(shared)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdin and self.process.stdout
+        self.orders, self.answers = self.process.stdin, self.process.stdout
+        assert self.answers.readline() == "held\n"
+
+    def __enter__(self) -> "Holder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+        self.orders.close()
+        self.answers.close()
+
+    def append(self, path: Path, text: str) -> None:
+        """Let it append; returns when it has."""
+        self.orders.write(json.dumps([str(path), text]) + "\n")
+        self.orders.flush()
+        assert self.answers.readline() == "written\n"
+
+    def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Command:
+    """`ditty ARGUMENTS` in a process of its own, its output as on a terminal. A context manager."""
+
+    def __init__(self, *arguments: str, **variables: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from flows.cli import main; main()", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "200", **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.output = b""
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout
+        self.process.stdout.close()
+
+    def until(self, text: str | None, seconds: float = 60.0) -> str:
+        """All output so far, as soon as `text` is in it, or (None) at its end."""
+        assert self.process.stdout
+        while text is None or text.encode() not in self.output:
+            ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+            assert ready, f"{seconds} s without output; waiting for {text!r} after {self.output!r}"
+            block = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not block:
+                assert text is None, f"it ended without {text!r}: {self.output!r}"
+                break
+            self.output += block
+        return self.output.decode()
+
+    def end(self) -> tuple[int, str]:
+        """(exit code, all output) once it ends by itself."""
+        text = self.until(None)
+        return self.process.wait(), text

@@ -49,10 +49,12 @@ def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) 
     while not any(r["step"] >= 2 for r in run.metrics()):
         assert child.poll() is None, "it ended before it trained"
         time.sleep(0.05)
+    assert run.has_flow() and run.is_training()
     below = psutil.Process(child.pid).children(recursive=True)
     child.send_signal(signal.SIGTERM)
     assert child.wait() == -signal.SIGTERM
     assert not psutil.wait_procs(below, timeout=10)[1], "processes outlive the flow"
+    assert not run.is_alive()
     (stopped,) = run.attempts("train")
     result = read_result(stopped)
     assert result and result.status is Status.PREEMPTED

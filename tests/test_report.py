@@ -24,6 +24,7 @@ from ditty.errors import OutOfMemory, RunError
 from ditty.rundir import Result, RunDir, Status, append_record
 from ditty.spec import RunSpec
 from ditty.stages import StageRef
+from ditty.timeleft import duration
 from flows import publish, tasks, training
 from flows.costs import StageBook
 from flows.progress import EventState
@@ -34,7 +35,6 @@ from flows.report import (
     artifact_key,
     code,
     data_facts,
-    duration,
     escape,
     fenced,
     markdown,

@@ -6,21 +6,24 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import psutil
 import pytest
 import yaml
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
 
 from ditty.demo import demo_spec
-from ditty.rundir import RunDir
+from ditty.rundir import RunDir, Status, read_result
 from ditty.spec import RunSpec
 from flows import automations, deploy
 from tests.postgres import postgres
 from tests.processes import ROOT
-from tests.served import COMMAND, Serving, tiny_spec
+from tests.served import COMMAND, Serving, serving, tiny_spec
 
 
 def test_the_parameters_of_each_deployment_are_a_spec() -> None:
@@ -142,3 +145,74 @@ def _is_done_again_when_due(served: Serving, spec: dict[str, Any]) -> None:
     assert run.expected_start_time and run.expected_start_time >= due - timedelta(seconds=1)
     states = served.ended_tasks(run.id)
     assert {state for _, state in states} == {"Cached"} and len(states) == 5, states
+
+
+@pytest.mark.service
+@pytest.mark.slow
+def test_every_way_to_stop_a_run_ends_it_in_the_right_state(tmp_path: Path) -> None:
+    """The table of ways in which a run ends early; each time the same name goes on."""
+    with serving(tmp_path) as served:
+        spec = tiny_spec(tmp_path, "stopped", steps=20000)
+        waiting = tiny_spec(tmp_path, "waiting", steps=10)
+
+        first = _training(served, spec)
+        queued = served.trigger(waiting)
+        served.wait(lambda: served.tasks(queued)["train", "Running"], 90)
+        assert not RunDir.named("waiting", served.home).attempts("train"), "it had a slot"
+        _cancelled(served, queued)
+        assert served.state(first) == "Running", "the wrong one was cancelled"
+        _cancelled(served, first)
+        _is_saved_and_gone(served, "stopped", attempts=1)
+
+        second = _training(served, spec)
+        _flow_process(served, second).terminate()
+        served.wait(lambda: served.state(second) == "Crashed", 60)
+        _is_saved_and_gone(served, "stopped", attempts=2)
+        assert served.ended_tasks(second)["train", "Crashed"] == 1
+
+        third = _training(served, spec)
+        _flow_process(served, third).kill()
+        served.wait(lambda: served.state(third) == "Crashed", 60)
+        _is_saved_and_gone(served, "stopped", attempts=3)
+        assert served.ended_tasks(third)["train", "Crashed"] == 1
+
+
+def _training(served: Serving, spec: dict[str, Any]) -> UUID:
+    """A run of `spec` that takes steps by now."""
+    run = RunDir.named(spec["name"], served.home)
+    before = len(run.attempts("train"))
+    flow_run = served.trigger(spec)
+
+    def trains() -> bool:
+        attempts = run.attempts("train")
+        return len(attempts) > before and "step " in (attempts[-1] / "log.txt").read_text()
+
+    served.wait(trains, 90)
+    return flow_run
+
+
+def _cancelled(served: Serving, flow_run: UUID) -> None:
+    with served.client() as client:
+        client.set_flow_run_state(flow_run, Cancelling())
+    served.wait(lambda: served.state(flow_run) == "Cancelled", 30)
+    ended = served.ended_tasks(flow_run)
+    assert not ended["train", "Completed"] and ended["load", "Completed"] + ended["load", "Cached"]
+
+
+def _flow_process(served: Serving, flow_run: UUID) -> psutil.Process:
+    """The process of a flow: the child of the worker's that has the training below it."""
+    found = [p for p in served.processes() if "prefect" in " ".join(p.cmdline())]
+    flows = [p for p in found if p.environ().get("PREFECT__FLOW_RUN_ID") == str(flow_run)]
+    assert flows, [p.cmdline() for p in found]
+    return flows[-1]
+
+
+def _is_saved_and_gone(served: Serving, name: str, attempts: int) -> None:
+    """No process of the training is left, and it has left a checkpoint of its last step."""
+    run = RunDir.named(name, served.home)
+    served.wait(lambda: not run.is_alive(), 30)
+    assert not [p for p in served.processes() if "ditty.worker" in " ".join(p.cmdline())]
+    assert len(run.attempts("train")) == attempts
+    result = read_result(run.attempts("train")[-1])
+    assert result and result.status is Status.PREEMPTED, result
+    assert run.committed_steps()[-1] == result.step > 0

@@ -1,4 +1,4 @@
-"""What is read of a training process: levels of log lines, new metrics, ranks that hang."""
+"""What is read of a training process: levels of log lines, ranks that hang."""
 
 import json
 import logging
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from ditty.errors import Crashed
-from ditty.rundir import append_record
-from flows.watch import MetricsTail, StallWatch, level_of
+from flows.watch import StallWatch, level_of
 
 
 @pytest.mark.parametrize(
@@ -34,27 +33,6 @@ from flows.watch import MetricsTail, StallWatch, level_of
 )
 def test_level_of_a_line(line: str, expected: tuple[int, str]) -> None:
     assert level_of(line) == expected
-
-
-def test_metrics_are_read_once_and_whole(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    append_record(path, {"step": 1})  # of an earlier attempt
-    tail = MetricsTail(path)
-    assert tail.read() == []
-    append_record(path, {"step": 2})
-    with path.open("a") as file:
-        file.write('{"step": 3')
-    assert tail.read() == [{"step": 2}]
-    assert tail.read() == []
-    append_record(path, {"step": 3})  # after a crash in mid-line: on a fresh line
-    assert tail.read() == [{"step": 3}]
-
-
-def test_metrics_of_a_run_that_has_none_yet(tmp_path: Path) -> None:
-    tail = MetricsTail(tmp_path / "metrics.jsonl")
-    assert tail.read() == []
-    append_record(tail.path, {"step": 1})
-    assert tail.read() == [{"step": 1}]
 
 
 class Ranks:
