@@ -15,10 +15,10 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from ditty.artifacts import FLOW_RUN_VARIABLE
+from flows.cancel import CancelRequested
 from flows.publish import publish_stages
 from flows.sweep import crash_orphans
 from flows.tasks import Caller
-from flows.training import CancelRequested
 
 
 def run_name() -> str:

@@ -16,7 +16,8 @@ from ditty.stages import StageLine, StageRef
 from flows.caching import Reference, cached, reference
 from flows.costs import StageBook
 from flows.progress import Event, EventState, emit
-from flows.training import Work, passing, retry_delays, run_attempt, training_slot
+from flows.slot import training_slot
+from flows.training import Work, passing, retry_delays, run_attempt
 
 
 @task(name="fetch", task_run_name="{ref.title}")

@@ -1,7 +1,6 @@
 """The policy of training: attempts, retries, what is reported meanwhile, and when to give up."""
 
 import contextvars
-import os
 import threading
 import time
 from collections import deque
@@ -12,17 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
-from prefect.concurrency.sync import concurrency
-from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
 from ditty import launch
 from ditty.artifacts import Store
 from ditty.environment import resolve_device
-from ditty.errors import Crashed, RunError
+from ditty.errors import Crashed
 from ditty.files import read_json, write_json
 from ditty.remote import Remote
 from ditty.rundir import CRASH_FILE, RunDir
@@ -31,6 +25,7 @@ from ditty.stages import StageRef
 from ditty.tail import RecordTail
 from ditty.timeleft import RECENT_STEPS, duration, seconds_left
 from flows.automations import STALLED, tell
+from flows.cancel import CancelRequested, CancelWatch
 from flows.mirror import Logger, Mirror, fetch_newer, fetch_result
 from flows.progress import Event, EventState, emit
 from flows.publish import LiveReport
@@ -39,15 +34,6 @@ from flows.watch import StallWatch, level_of
 
 REPORT_SECONDS = 10.0
 LEAVING_SECONDS = 10.0  # for the last report; the API answers in 0.1 s, drawing takes a second
-# A cancel that the runner carries out is a SIGTERM within 12 s. After this, there is no runner.
-CANCEL_SECONDS = 20.0
-
-LIMIT_VARIABLE = "DITTY_TRAINING_LIMIT"
-LEASE_SECONDS = 60.0  # Prefect's minimum: when its holder was killed, a slot is free after that
-
-
-class CancelRequested(RunError):
-    """The flow run was cancelled, and no runner was there to stop it."""
 
 
 @dataclass(frozen=True)
@@ -88,35 +74,6 @@ class Work:
             "trained_dir": str(self.trained_dir) if self.trained_dir else None,
             "device": str(resolve_device(self.spec.launch)),
         }
-
-
-@contextmanager
-def training_slot() -> Iterator[None]:
-    """Hold a slot of the server's limit that DITTY_TRAINING_LIMIT names; none where it is not set.
-
-    A deployment sets it (deployments/prefect.yaml), so that one training at a time has the GPUs.
-
-    Raises:
-        RunError: the server has no such limit.
-    """
-    name = os.environ.get(LIMIT_VARIABLE)
-    if not name:
-        yield
-        return
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(name)
-        except ObjectNotFound as error:
-            raise RunError(
-                f"{LIMIT_VARIABLE}={name}, and this Prefect server has no such concurrency limit: "
-                "`ditty deploy` makes it"
-            ) from error
-    get_run_logger().info("waiting for a slot of %s", name)
-    # A slot whose lease cannot be renewed is no reason to throw away a training.
-    with concurrency(
-        name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False
-    ):
-        yield
 
 
 def run_attempt(ref: StageRef, work: Work) -> None:
@@ -191,7 +148,7 @@ class Reporter:
         self.metrics = RecordTail(self.run.metrics_file, at_end=True)
         self.stall = StallWatch(attempt / "heartbeat")
         self.step, self.total, self.message = 0, 0, ""
-        self.cancelled = threading.Event()
+        self.cancelled: CancelRequested | None = None
         self._logged = time.monotonic()
 
     def on_line(self, line: str) -> None:
@@ -206,8 +163,8 @@ class Reporter:
             CancelRequested: see there.
             Crashed: a rank hangs.
         """
-        if self.cancelled.is_set():
-            raise CancelRequested("the flow run was cancelled while nothing else could stop it")
+        if self.cancelled:
+            raise self.cancelled
         try:
             self.stall.check()
         except Crashed as error:
@@ -253,7 +210,7 @@ class Reporter:
             thread.join(LEAVING_SECONDS)
 
     def _talk(self, done: threading.Event) -> None:
-        artifact, cancelling_since = None, None
+        artifact, cancel = None, CancelWatch()
         finished = False
         while not finished:
             finished = done.wait(REPORT_SECONDS)
@@ -261,12 +218,10 @@ class Reporter:
                 if finished:
                     self._read()  # nobody calls `check` any more
                 artifact = self._show(artifact)
-                if not is_cancelling():
-                    cancelling_since = None
-                elif cancelling_since is None:
-                    cancelling_since = time.monotonic()
-                elif time.monotonic() >= cancelling_since + CANCEL_SECONDS:
-                    self.cancelled.set()
+                try:
+                    cancel.check()
+                except CancelRequested as error:
+                    self.cancelled = error
             with suppress(Exception):
                 self.report.refresh(self.state, last=finished)
 
@@ -282,13 +237,3 @@ class Reporter:
             return create_progress_artifact(percent, key, text)
         update_progress_artifact(artifact, percent, text)
         return artifact
-
-
-def is_cancelling() -> bool:
-    """Does the API want the current flow run to end?"""
-    context = FlowRunContext.get()
-    if context is None or context.flow_run is None:
-        return False
-    with get_client(sync_client=True) as client:
-        state = client.read_flow_run(context.flow_run.id).state
-    return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)

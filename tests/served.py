@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -107,6 +107,14 @@ class Serving:
         assert self.process is not None
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
+
+    def training(self) -> bool:
+        """Is there a process of a training below it?"""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                if "ditty.worker" in process.cmdline():
+                    return True
+        return False
 
     def kill(self) -> None:
         """As if the machine lost power: SIGKILL to everything at once."""

@@ -17,9 +17,9 @@ from ditty.errors import RunError
 from ditty.rundir import RunDir, Status, read_result
 from ditty.spec import RunSpec
 from flows import tasks
+from flows.cancel import CancelRequested
 from flows.finetune import finetune
 from flows.progress import Event, EventState, listen
-from flows.training import CancelRequested
 from tests.processes import start_flow
 from tests.served import tiny_spec
 

@@ -99,8 +99,7 @@ def _die_and_retry(served: Serving, database: str) -> None:
         flow_run = served.trigger(spec)
         run = RunDir.named("walk", served.home)
         served.wait(lambda: run.committed_steps(), 120)
-        killed = served.processes()
-        assert any("ditty.worker" in " ".join(p.cmdline()) for p in killed), "it was not training"
+        assert served.training(), "it was not training"
         served.kill()
         (saved, *_) = run.committed_steps()
         assert run.committed_steps()[-1] < 800
@@ -147,6 +146,9 @@ def _is_done_again_when_due(served: Serving, spec: dict[str, Any]) -> None:
     assert {state for _, state in states} == {"Cached"} and len(states) == 5, states
 
 
+WORKER = ["-m", "prefect", "worker"]
+
+
 @pytest.mark.service
 @pytest.mark.slow
 def test_every_way_to_stop_a_run_ends_it_in_the_right_state(tmp_path: Path) -> None:
@@ -175,6 +177,15 @@ def test_every_way_to_stop_a_run_ends_it_in_the_right_state(tmp_path: Path) -> N
         served.wait(lambda: served.state(third) == "Crashed", 60)
         _is_saved_and_gone(served, "stopped", attempts=3)
         assert served.ended_tasks(third)["train", "Crashed"] == 1
+
+        fourth = _training(served, spec)
+        (worker,) = [p for p in served.processes() if p.cmdline()[1:4] == WORKER]
+        worker.kill()
+        assert served.process and served.process.wait(90) == 1, "nobody noticed"
+        assert "the worker ended with" in (tmp_path / "serve.txt").read_text()
+        served.start()
+        _is_saved_and_gone(served, "stopped", attempts=4)
+        assert served.state(fourth) == "Crashed"
 
 
 def _training(served: Serving, spec: dict[str, Any]) -> UUID:
@@ -210,8 +221,7 @@ def _flow_process(served: Serving, flow_run: UUID) -> psutil.Process:
 def _is_saved_and_gone(served: Serving, name: str, attempts: int) -> None:
     """No process of the training is left, and it has left a checkpoint of its last step."""
     run = RunDir.named(name, served.home)
-    served.wait(lambda: not run.is_alive(), 30)
-    assert not [p for p in served.processes() if "ditty.worker" in " ".join(p.cmdline())]
+    served.wait(lambda: not run.is_alive() and not served.training(), 30)
     assert len(run.attempts("train")) == attempts
     result = read_result(run.attempts("train")[-1])
     assert result and result.status is Status.PREEMPTED, result

@@ -14,7 +14,7 @@ from ditty.remote import Remote
 from ditty.rundir import Result, RunDir, Status, append_record
 from ditty.spec import RunSpec
 from ditty.stages import StageRef
-from flows import tasks, training
+from flows import cancel, tasks, training
 from flows.mirror import remote_steps
 from flows.progress import Event, EventState, listen
 from flows.training import Work
@@ -190,7 +190,7 @@ def test_checkpoints_go_to_the_target_and_come_back(
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(training, "REPORT_SECONDS", 0.1)
-    monkeypatch.setattr(training, "CANCEL_SECONDS", 0.3)
+    monkeypatch.setattr(cancel, "CANCEL_SECONDS", 0.3)
     yield
 
 
