@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from ditty.lineage import Node
-from flows.report import code
+from flows.report import code, fenced
 
 SHORT = 12  # digits of a hash that people compare
 
@@ -28,13 +28,17 @@ def _fill(tree: Tree, node: Node) -> None:
         _fill(tree.add(f"[bold]{parent.kind}[/] {escape(_title(parent))}".rstrip()), parent)
 
 
-def lineage_markdown(node: Node, depth: int = 0) -> str:
-    """The chain as nested lists, the newest first."""
+def lineage_markdown(node: Node) -> str:
+    """The chain as nested lists, the newest first, and how to ask for it again."""
+    return f"{_list(node)}\n\n{fenced(f'ditty lineage {node.where}')}\n"
+
+
+def _list(node: Node, depth: int = 0) -> str:
     indent = "  " * depth
     gone = "" if node.where else " (not in this store)"
     lines = [f"{indent}- **{node.kind}** {code(_title(node))}{gone}"]
-    lines += [f"{indent}  - {name}: {code(text)}" for name, text in _lines(node)]
-    lines += [lineage_markdown(parent, depth + 1) for parent in node.parents]
+    lines += [f"{indent}  - {name}: {code(text)}" for name, text in _lines(node) if name != "where"]
+    lines += [_list(parent, depth + 1) for parent in node.parents]
     return "\n".join(lines)
 
 

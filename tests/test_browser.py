@@ -109,10 +109,12 @@ def _submit(page: Any, served: Serving, deployment: Any) -> Any:
 
 
 def _see_the_report(page: Any, served: Serving, run: Any) -> None:
-    """The picture of the loss, shown by the browser itself."""
+    """The run's page, and the picture of the loss, shown by the browser itself."""
     page.goto(f"{served.url}/v2/runs/flow-run/{run}?tab=Artifacts")
     page.get_by_text("report-renamed").first.wait_for()
-    keep(page, "run")
+    page.get_by_text("lineage-renamed").first.wait_for()
+    page.wait_for_timeout(3000)  # the graph of the tasks is drawn
+    keep(page, "run", whole=True)
     with served.client() as client:
         (report,) = client.read_artifacts(
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["report-renamed"]))
@@ -122,3 +124,10 @@ def _see_the_report(page: Any, served: Serving, run: Any) -> None:
     image.wait_for()
     assert image.evaluate("image => image.complete && image.naturalWidth") >= 600
     keep(page, "report", whole=True)
+    page.get_by_role("link", name="what the result is made of").click()
+    with served.client() as client:
+        found = {a.key: a.id for a in client.read_artifacts()}
+    page.get_by_text(str(found["lineage-renamed"])[:8]).first.wait_for()
+    page.goto(f"{served.url}/v2/artifacts/artifact/{found['lineage-renamed']}")
+    page.get_by_text("tokenize").first.wait_for()
+    keep(page, "lineage", whole=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from ditty.lineage import Node, lineage
 from ditty.remote import Remote
 from ditty.spec import RunSpec
 from flows.cli import app
+from flows.views import lineage_markdown
 from tests.tiny import make_model_folder
 
 
@@ -112,3 +114,13 @@ def test_what_was_never_committed_is_an_error(tmp_path: Path) -> None:
         lineage(str(tmp_path), Store())
     with pytest.raises(RunError, match="nothing was committed"):
         lineage(f"file://{tmp_path}/nothing", Store())
+
+
+def test_the_page_shows_the_chain_and_how_to_ask_for_it(made: Any) -> None:
+    store, _, line = made
+    ref = line.need("train")
+    text = lineage_markdown(lineage(str(store.path("train", ref.key)), store))
+    for stage in ("train", "pack", "tokenize", "filter", "load"):
+        assert f"**{stage}**" in text
+    assert text.rstrip("\n`").endswith(f"ditty lineage {store.path('train', ref.key)}")
+    assert "the-flow-run" in text

@@ -32,8 +32,14 @@ TRAIN = {
 }
 FULL = {"adapter": "none"}
 LORA = {"adapter": "lora", "lora_r": 4, "lora_dropout": 0.1}
+PLAIN = {**LORA, "lora_dropout": 0.0}
 QLORA = {**LORA, "quantization": "nf4"}
 SHARDED = ("fsdp2", "zero3")
+# What says the same again of another strategy is left to the slow tests.
+KILLED = {"ddp": (FULL,), "zero3": (LORA,), "fsdp2": (QLORA,)}
+CHANGED = ("fsdp2",)
+SLOW_KILLED = {"fsdp2": (LORA,)}
+SLOW_CHANGED = ("ddp", "zero3")
 KINDS = {"none": "Replicated", "ddp": "Replicated", "fsdp2": "FullySharded", "zero3": "Zero3"}
 
 
@@ -53,9 +59,14 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(root):
+def results(root, request):
     """All trainings, in the order in which some build on others."""
-    jobs = [*_loaded(root), *_same_numbers(root), *_killed(root), *_changed_worlds(root)]
+    jobs = [*_loaded(root), *_same_numbers(root), *_killed(root, KILLED)]
+    jobs += [scenario(root, "worlds-reference", "ddp", PLAIN), *_switched(root)]
+    jobs += _changed_worlds(root, CHANGED)
+    ours = (item for item in request.session.items if item.module is request.module)
+    if any(item.get_closest_marker("slow") for item in ours):
+        jobs += [*_killed(root, SLOW_KILLED), *_changed_worlds(root, SLOW_CHANGED)]
     found = scenarios.launch(root / "job", jobs)
     return {name.replace(" ", "-"): result for name, result in found.items()}
 
@@ -91,8 +102,8 @@ def _same_numbers(root):
     yield scenario(root, "lora-fsdp2-4", "fsdp2", LORA, 4, train=four)
 
 
-def _killed(root):
-    for sharding, model in (("ddp", FULL), ("fsdp2", LORA), ("zero3", LORA), ("fsdp2", QLORA)):
+def _killed(root, which):
+    for sharding, model in ((s, m) for s, models in which.items() for m in models):
         name = f"killed-{sharding}-{_short(model)}"
         yield scenario(root, f"{name}-a", sharding, model, home=name, kill_before=13)
         yield scenario(root, f"{name}-b", sharding, model, home=name, stop_before=16)
@@ -103,20 +114,22 @@ def _short(model):
     return {"none": "full"}.get(model["adapter"], "qlora" if "quantization" in model else "lora")
 
 
-def _changed_worlds(root):
+def _changed_worlds(root, which):
     """Two processes, then one, then two: each time a stop in the middle of an epoch."""
     half = {"gradient_accumulation_steps": 4}
-    plain = {**LORA, "lora_dropout": 0.0}
-    yield scenario(root, "worlds-reference", "ddp", plain)
-    for sharding in ("ddp", *SHARDED):
+    for sharding in which:
         name = f"worlds-{sharding}"
-        yield scenario(root, f"{name}-a", sharding, plain, home=name, stop_before=6)
-        yield scenario(root, f"{name}-b", sharding, plain, 1, home=name, train=half, stop_before=12)
-        yield scenario(root, name, sharding, plain, home=name)
-    name = "worlds-switched"  # and from one strategy to another
-    yield scenario(root, f"{name}-a", "zero3", plain, home=name, stop_before=6)
-    yield scenario(root, f"{name}-b", "fsdp2", plain, home=name, stop_before=12)
-    yield scenario(root, name, "ddp", plain, home=name)
+        yield scenario(root, f"{name}-a", sharding, PLAIN, home=name, stop_before=6)
+        yield scenario(root, f"{name}-b", sharding, PLAIN, 1, home=name, train=half, stop_before=12)
+        yield scenario(root, name, sharding, PLAIN, home=name)
+
+
+def _switched(root):
+    """From one strategy to another."""
+    name = "worlds-switched"
+    yield scenario(root, f"{name}-a", "zero3", PLAIN, home=name, stop_before=6)
+    yield scenario(root, f"{name}-b", "fsdp2", PLAIN, home=name, stop_before=12)
+    yield scenario(root, name, "ddp", PLAIN, home=name)
 
 
 def losses(result):
@@ -164,7 +177,10 @@ def test_hybrid_gives_the_bits_of_fsdp2(root, results):
     assert max(hybrid["kept"]) > 1.6 * max(whole["kept"])
 
 
-@pytest.mark.parametrize("name", ["ddp-full", "fsdp2-lora", "zero3-lora", "fsdp2-qlora"])
+@pytest.mark.parametrize(
+    "name",
+    ["ddp-full", "zero3-lora", "fsdp2-qlora", pytest.param("fsdp2-lora", marks=pytest.mark.slow)],
+)
 def test_killed_and_stopped_and_resumed_ends_with_the_same_bits(root, results, name):
     """SIGKILL before step 13 (the checkpoint of step 10 stays), a stop before step 16, the end;
     the epoch ends within step 8 and step 15; dropout is on where there is an adapter."""
@@ -177,7 +193,15 @@ def test_killed_and_stopped_and_resumed_ends_with_the_same_bits(root, results, n
     assert same_weights(root, f"killed-{name}", f"{model}-{sharding}")
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "zero3", "switched"])
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        "fsdp2",
+        "switched",
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_another_number_of_processes_keeps_samples_and_rates(root, results, sharding, capsys):
     reference, changed = results["worlds-reference"], results[f"worlds-{sharding}"]
     assert (changed["step"], changed["finished"]) == (STEPS, True)
