@@ -169,6 +169,8 @@ def _refuse_evaluation(options: dict[str, Any]) -> None:
         "early_stopping_patience": options.get("early_stopping_patience") is not None,
         "final_weights: best": options.get("final_weights") == FinalWeights.BEST,
         "num_samples": bool(options.get("num_samples")),
+        "sample_steps": options.get("sample_steps") is not None,
+        "eval_steps": options.get("eval_steps") is not None,
     }
     for name, is_set in asked.items():
         if is_set:

@@ -240,6 +240,7 @@ def training_identity(spec: RunSpec, model_key: str, pack_key: str) -> dict[str,
     excluded = {"base_model", "revision"} | ({"quantization"} if prequantizes(spec) else set())
     model = spec.model.model_dump(mode="json", exclude=excluded)
     return {
+        "version": VERSIONS["train"],  # a checkpoint of earlier code may not be what ours gives
         "model": model_key,
         "data": pack_key,
         "train": train,

@@ -198,10 +198,12 @@ def test_pipeline_mistakes(tmp_path):
         ("early_stopping_patience", 1),
         ("final_weights", "best"),
         ("num_samples", 2),
+        ("eval_steps", 5),
+        ("sample_steps", 5),
     ]:
         for more in ({}, {"eval_steps": 2}):
             with pytest.raises(SpecError, match=f"{key}.*held-out rows.*`ditty run`.*Trainer"):
-                Mine("x", **{key: value}, **more)
+                Mine("x", **{**more, key: value})
     folder = str(make_model_folder(tmp_path / "model"))
     unset = {"early_stopping_patience": None, "final_weights": "last", "num_samples": 0}
     assert Mine(folder, **unset).spec.train.num_samples == 0
