@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,7 @@ def main(arguments: list[str]) -> int:
     """Run one stage; the exit code is 0 unless it failed."""
     stage, attempt = arguments[0], Path(arguments[1])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    warnings.simplefilter("ignore", FutureWarning)  # libraries to their callers, not to users
     try:
         result = STAGES[stage](Job.read(attempt), attempt)
     except Exception as error:

@@ -26,10 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(serve)
-app.command()(deploy)
-app.command()(status)
-app.command()(logs)
 console = Console(highlight=False)
 
 SpecFile = Annotated[Path, typer.Argument(help="The spec, a YAML file.")]
@@ -66,7 +62,6 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-@app.command()
 def demo(overrides: Overrides = None) -> None:
     """Fine-tune a small real model on this Python's own docstrings, through every stage."""
     from ditty.demo import demo_spec, use_it
@@ -88,13 +83,11 @@ def demo(overrides: Overrides = None) -> None:
     console.print("  your own data and model: see 'Bring your own' in the README")
 
 
-@app.command()
 def run(spec: SpecFile, overrides: Overrides = None) -> None:
     """Run a spec: every stage that is not cached, then training from the newest checkpoint."""
     _print_losses(_run(load_spec(spec, overrides or []), Store()))
 
 
-@app.command()
 def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
     """Measure the held-out loss of what `run` made of a spec, and of its base model."""
     found = _run(load_spec(spec, overrides or []), Store(), "evaluate")
@@ -107,7 +100,6 @@ def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
     console.print(table)
 
 
-@app.command()
 def refresh(spec: SpecFile, overrides: Overrides = None) -> None:
     """Train on the data as they are now; the result takes the place of the last if it is better."""
     found = _run(load_spec(spec, overrides or []), Store(), "refresh")
@@ -116,7 +108,6 @@ def refresh(spec: SpecFile, overrides: Overrides = None) -> None:
     console.print(f"[bold]in place[/]: {escape(place)}", soft_wrap=True)
 
 
-@app.command()
 def plan(
     spec: SpecFile,
     overrides: Overrides = None,
@@ -141,7 +132,6 @@ def plan(
     console.print(f"training: {made.strategy}; on {made.device}")
 
 
-@app.command()
 def lineage(
     where: Annotated[str, typer.Argument(help="A committed directory, or the URI of a copy.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -206,3 +196,8 @@ def _print_samples(spec: RunSpec, store: Store) -> None:
         ("the author's", first["reference"]),
     ):
         console.print(f"[bold]{title}[/]: {escape(text.strip())}")
+
+
+# As `ditty --help` lists them.
+for command in (demo, run, plan, status, logs, evaluate, refresh, lineage, serve, deploy):
+    app.command()(command)
