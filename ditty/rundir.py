@@ -7,6 +7,7 @@ runs/<name>/
   metrics.jsonl                  append-only; the last record of a step wins
   samples.jsonl                  completions of held-out prompts, before and after
   checkpoints/step_000000200/    a manifest.json means committed
+  trained.json                   the content key of the newest finished training
   stop                           the flow asks: checkpoint, then exit
   lock                           held by the training process
   flow                           a lock that the flows of the run share, from start to end
@@ -68,6 +69,7 @@ class RunDir:
         self.spec_file = root / "spec.json"
         self.metrics_file = root / "metrics.jsonl"
         self.samples_file = root / "samples.jsonl"
+        self.trained_file = root / "trained.json"
         self.stop_file = root / "stop"
         self.flow_lock = root / "flow"
         self._training_lock = root / "lock"

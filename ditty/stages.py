@@ -27,6 +27,7 @@ VERSIONS = {
     "upload": 1,
     "evaluate": 1,
     "promote": 1,
+    "export": 1,
 }
 
 DATA_STAGES = ("load", "filter", "map", "tokenize", "pack")
@@ -220,6 +221,11 @@ def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | No
         inputs["train"] = trained
     title = f"evaluate {trained[:8]}" if trained else "evaluate the base model"
     return make_ref("evaluate", title, inputs)
+
+
+def export_ref(trained: str, out: str) -> StageRef:
+    """The stage that copies the result of the training of that key to the url `out`."""
+    return make_ref("export", f"export to {out}", {"train": trained, "out": out})
 
 
 def base_dtype(spec: RunSpec) -> str:

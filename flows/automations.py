@@ -23,7 +23,7 @@ from prefect.runtime import flow_run
 
 from ditty.errors import SpecError
 
-FLOWS = ["finetune", "refresh", "evaluate"]
+FLOWS = ["finetune", "refresh", "evaluate", "export"]
 
 # Prefect's own minimum; a run that is silent for twice as long is taken for dead.
 HEARTBEAT_SECONDS = 30

@@ -70,7 +70,7 @@ def demo(overrides: Overrides = None) -> None:
     console.print("[bold]ditty demo[/]: SmolLM2-135M-Instruct learns to write docstrings (QLoRA)")
     with console.status("looking for the base model"):
         spec = demo_spec(store, overrides or [])
-    result = _run(spec, store)
+    result = _call("finetune", spec)
     _print_losses(result)
     _print_samples(spec, store)
     base = str(result["model_dir"])
@@ -85,12 +85,12 @@ def demo(overrides: Overrides = None) -> None:
 
 def run(spec: SpecFile, overrides: Overrides = None) -> None:
     """Run a spec: every stage that is not cached, then training from the newest checkpoint."""
-    _print_losses(_run(load_spec(spec, overrides or []), Store()))
+    _print_losses(_call("finetune", load_spec(spec, overrides or [])))
 
 
 def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
     """Measure the held-out loss of what `run` made of a spec, and of its base model."""
-    found = _run(load_spec(spec, overrides or []), Store(), "evaluate")
+    found = _call("evaluate", load_spec(spec, overrides or []))
     table = Table("held-out", "loss", "perplexity", "tokens", box=None, pad_edge=False)
     for what in ("base", "trained"):
         values = found[what]
@@ -102,10 +102,19 @@ def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
 
 def refresh(spec: SpecFile, overrides: Overrides = None) -> None:
     """Train on the data as they are now; the result takes the place of the last if it is better."""
-    found = _run(load_spec(spec, overrides or []), Store(), "refresh")
+    found = _call("refresh", load_spec(spec, overrides or []))
     console.print(f"\n[bold]{escape(found['why'])}[/]", soft_wrap=True)
     place = found["in_place"] or "the base model: nothing was promoted yet"
     console.print(f"[bold]in place[/]: {escape(place)}", soft_wrap=True)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="The run's name.")],
+    out: Annotated[str, typer.Option(help="A folder that is made, or s3://bucket/prefix/name.")],
+) -> None:
+    """Copy the result of a run, an adapter or a whole model, to where it is used."""
+    found = _call("export", run, out)
+    console.print(f"[bold]result[/]: {escape(found['out'])}", soft_wrap=True)
 
 
 def plan(
@@ -152,7 +161,7 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def _run(spec: RunSpec, store: Store, flow: str = "finetune") -> dict[str, Any]:
+def _call(flow: str, *arguments: Any) -> dict[str, Any]:
     """Run a flow with progress on the terminal; returns its result."""
     with ExitStack() as stack:
         with console.status("starting Prefect"):
@@ -165,7 +174,7 @@ def _run(spec: RunSpec, store: Store, flow: str = "finetune") -> dict[str, Any]:
             stack.enter_context(local_server())
         stack.enter_context(quiet_console())
         stack.enter_context(listen(stack.enter_context(StageLines(console))))
-        result: dict[str, Any] = called(spec)
+        result: dict[str, Any] = called(*arguments)
         return result
 
 
@@ -199,5 +208,5 @@ def _print_samples(spec: RunSpec, store: Store) -> None:
 
 
 # As `ditty --help` lists them.
-for command in (demo, run, plan, status, logs, evaluate, refresh, lineage, serve, deploy):
+for command in (demo, run, plan, status, logs, evaluate, refresh, export, lineage, serve, deploy):
     app.command()(command)

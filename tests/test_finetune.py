@@ -14,6 +14,7 @@ import pytest
 
 from ditty.artifacts import Store, verify
 from ditty.errors import RunError
+from ditty.files import read_json
 from ditty.rundir import RunDir, Status, read_result
 from ditty.spec import RunSpec
 from flows import tasks
@@ -78,6 +79,8 @@ def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) 
     trained = next((home / "store" / "train").glob("[0-9a-f]*"))
     target = Path(spec.upload.url.removeprefix("file://")) / "demo" / "final" / trained.name
     assert verify(target).digest == verify(trained).digest
+
+    assert read_json(run.trained_file) == {"train": trained.name}
 
     shutil.rmtree(target)
     third = states(spec)
