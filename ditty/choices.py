@@ -50,6 +50,13 @@ class Quantization(StrEnum):
     NF4 = "nf4"
 
 
+class ExportTo(StrEnum):
+    """What is copied out of a run: what was trained, or a whole model without an adapter."""
+
+    ADAPTER = "adapter"
+    MERGED = "merged"
+
+
 class Attention(StrEnum):
     """`packed`: within documents only. `sdpa`, `eager`: transformers' own, block-diagonal mask."""
 

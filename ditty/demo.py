@@ -45,3 +45,12 @@ def use_it(adapter: str, base_model: str) -> str:
         f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
         f'model = PeftModel.from_pretrained(base, "{adapter}")'
     )
+
+
+def use_model(folder: str) -> str:
+    """Three lines of transformers that load a whole model."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    )

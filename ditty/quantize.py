@@ -11,36 +11,29 @@ Source: arXiv:2208.07339 (LLM.int8), arXiv:2305.14314 (NF4 and double quantizati
 """
 
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ditty.choices import Quantization
-from ditty.errors import ModelError, StoreError
-from ditty.files import write_json
-from ditty.modelfolder import INDEX, WEIGHTS, check_folder, tokenizer_files
+from ditty.errors import ModelError
+from ditty.modelfolder import check_folder
 from ditty.quantplan import Size, Tensor, plan, skeleton
+from ditty.shards import DTYPES, Parts, Piece, Progress, copy_beside, weight_bytes, write_shards
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHARD_BYTES = 512 << 20  # of one output file; a larger tensor gets a file of its own
 CHUNK = 1 << 22  # weights quantized in one call: bitsandbytes needs about 24 bytes for each
 BLOCK = 64  # NF4: weights that share a scale
 NESTED_BLOCK = 256  # NF4: scales that share a scale
 EXTRA_BYTES = 2048  # NF4, of a tensor at most: two code books and its shape and dtype
-SPARE_BYTES = 64 << 20  # of disk, beyond the result
-COPIED = ("generation_config.json", "*.py")
 
-Progress = Callable[[int, int, str], None]
-Parts = dict[str, torch.Tensor]
 Pack = Callable[[torch.Tensor], Parts]
 
 
@@ -93,62 +86,23 @@ def quantize(
     settings = FORMATS[to].settings(DTYPES[dtype])
     model = skeleton(source, settings, DTYPES[dtype], trust_remote_code)
     tensors, ignored = plan(model, source, DTYPES[dtype], FORMATS[to].size)
-    _check_disk(out, sum(tensor.result_bytes for tensor in tensors))
-    shards = _split(tensors)
-    _write(shards, FORMATS[to].pack, out, progress)
+    shards = write_shards(_pieces(tensors, FORMATS[to].pack), out, progress)
     _write_config(model, settings, source, out)
-    return _facts(tensors, out) | {"shards": len(shards), "dtype": dtype, "ignored": ignored}
+    return _facts(tensors, out) | {"shards": shards, "dtype": dtype, "ignored": ignored}
 
 
 def _facts(tensors: list[Tensor], out: Path) -> dict[str, Any]:
     return {
         "quantized_weights": sum(tensor.count for tensor in tensors if tensor.quantized),
         "other_weights": sum(tensor.count for tensor in tensors if not tensor.quantized),
-        "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
+        "bytes": weight_bytes(out),
     }
 
 
-def _check_disk(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if free < needed + SPARE_BYTES:
-        raise StoreError(
-            f"{out} has {free / 1e9:.1f} GB free, the quantized model needs "
-            f"{(needed + SPARE_BYTES) / 1e9:.1f} GB: free some, or set DITTY_HOME to another disk"
-        )
-
-
-def _split(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Consecutive tensors of at most SHARD_BYTES together, or a single larger one."""
-    shards: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        if not shards or tensor.result_bytes > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(tensor)
-        room -= tensor.result_bytes
-    return shards
-
-
-def _write(shards: list[list[Tensor]], pack: Pack, out: Path, progress: Progress | None) -> None:
-    """Write the shards, and an index if there are several."""
-    total = sum(tensor.source_bytes for shard in shards for tensor in shard)
-    done = size = 0
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = WEIGHTS if len(shards) == 1 else several
-        content: Parts = {}
-        for tensor in shard:
-            content.update(_convert(tensor, pack))
-            done += tensor.source_bytes
-            if progress is not None:
-                progress(done, total, tensor.name)
-        save_file(content, out / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(content, file))
-        size += sum(value.nbytes for value in content.values())
-    if len(shards) > 1:
-        write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+def _pieces(tensors: list[Tensor], pack: Pack) -> list[Piece]:
+    return [
+        Piece(t.name, t.source_bytes, t.result_bytes, partial(_convert, t, pack)) for t in tensors
+    ]
 
 
 def _convert(tensor: Tensor, pack: Pack) -> Parts:
@@ -170,13 +124,7 @@ def _write_config(
     """Everything beside the weights, so that `from_pretrained(out)` needs nothing else."""
     model.config.quantization_config = settings.to_dict()
     model.config.save_pretrained(out)
-    for path in [*tokenizer_files(source), *_existing(source, COPIED)]:
-        shutil.copyfile(path, out / path.name)
-
-
-def _existing(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    for pattern in patterns:
-        yield from sorted(folder.glob(pattern))
+    copy_beside(source, out)
 
 
 def _int8_settings(dtype: torch.dtype) -> "BitsAndBytesConfig":

@@ -52,12 +52,18 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of one tensor."""
+    """What a safetensors file says of one tensor.
+
+    Attributes:
+        size: bytes.
+        dtype: as safetensors spells it, e.g. BF16.
+    """
 
     file: Path
     name: str
     shape: list[int]
     size: int
+    dtype: str
 
 
 def skeleton(
@@ -123,7 +129,7 @@ def plan(
     known = model.state_dict()
     tensors: dict[str, Tensor] = {}
     ignored: list[str] = []
-    for header in _headers(source):
+    for header in headers(source):
         target = rename(header.name)
         if target not in known:
             ignored.append(header.name)
@@ -216,7 +222,7 @@ def _check_complete(model: "PreTrainedModel", seen: set[str], source: Path) -> N
             )
 
 
-def _headers(source: Path) -> Iterator[Header]:
+def headers(source: Path) -> Iterator[Header]:
     """The tensors of a checkpoint, by file and name; no weights are read.
 
     Source: the safetensors format: an 8-byte length, that much JSON, and the tensors' bytes.
@@ -235,7 +241,8 @@ def _headers(source: Path) -> Iterator[Header]:
             if size != expected:
                 raise ValueError(f"{size} bytes, expected {expected}")
             for name, (begin, end) in spans.items():
-                yield Header(file, name, list(entries[name]["shape"]), end - begin)
+                shape, dtype = list(entries[name]["shape"]), str(entries[name]["dtype"])
+                yield Header(file, name, shape, end - begin, dtype)
         except (struct.error, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{file} is damaged or no safetensors file ({error}): copy or download it again"

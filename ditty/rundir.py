@@ -7,7 +7,7 @@ runs/<name>/
   metrics.jsonl                  append-only; the last record of a step wins
   samples.jsonl                  completions of held-out prompts, before and after
   checkpoints/step_000000200/    a manifest.json means committed
-  trained.json                   the content key of the newest finished training
+  trained.json                   content key and spec of the newest finished training
   stop                           the flow asks: checkpoint, then exit
   lock                           held by the training process
   flow                           a lock that the flows of the run share, from start to end

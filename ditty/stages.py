@@ -27,6 +27,7 @@ VERSIONS = {
     "upload": 1,
     "evaluate": 1,
     "promote": 1,
+    "merge": 1,
     "export": 1,
 }
 
@@ -223,9 +224,21 @@ def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | No
     return make_ref("evaluate", title, inputs)
 
 
-def export_ref(trained: str, out: str) -> StageRef:
-    """The stage that copies the result of the training of that key to the url `out`."""
-    return make_ref("export", f"export to {out}", {"train": trained, "out": out})
+def merge_ref(trained: str, model_key: str, dtype: str | None = None) -> StageRef:
+    """The stage that folds a trained adapter into its base.
+
+    Args:
+        trained: of the training.
+        model_key: of the base model as it is, not quantized (`basemodel.key`).
+        dtype: torch's name, of the result; None: that of the base.
+    """
+    inputs = {"train": trained, "model": model_key, "dtype": dtype}
+    return make_ref("merge", f"merge {trained[:8]} into its base", inputs)
+
+
+def export_ref(made: StageRef, out: str) -> StageRef:
+    """The stage that copies the artifact of `made` to the url `out`."""
+    return make_ref("export", f"export to {out}", {made.stage: made.key, "out": out})
 
 
 def base_dtype(spec: RunSpec) -> str:

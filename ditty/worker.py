@@ -1,7 +1,7 @@
 """`python -m ditty.worker STAGE ATTEMPT`: one stage in a process of its own.
 
 Reads attempt/job.json, does the work, and leaves attempt/result.json: the meaning of its end.
-STAGE is `fetch` (convert a GGUF), `prequantize`, `train` or `evaluate`.
+STAGE is `fetch` (convert a GGUF), `prequantize`, `train`, `evaluate` or `merge`.
 """
 
 import dataclasses
@@ -113,6 +113,23 @@ def evaluate(job: Job, attempt: Path) -> Result:
         return found
 
     return _build(job, "evaluate", make)
+
+
+def merge(job: Job, attempt: Path) -> Result:
+    """The `merge` stage: on the CPU, whatever the machine has."""
+    from ditty.export import merge as merge_into
+
+    def make(out: Path) -> dict[str, Any]:
+        assert job.trained_dir is not None, "a merge reads an adapter"
+        return merge_into(
+            job.model_dir,
+            job.trained_dir,
+            out,
+            job.inputs["dtype"],
+            trust_remote_code=job.spec.model.trust_remote_code,
+        )
+
+    return _build(job, "merge", make)
 
 
 def _build(job: Job, stage: str, make: Callable[[Path], dict[str, Any]]) -> Result:
@@ -236,6 +253,7 @@ STAGES: dict[str, Callable[[Job, Path], Result]] = {
     "prequantize": prequantize,
     "train": train,
     "evaluate": evaluate,
+    "merge": merge,
 }
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ditty.artifacts import Store, read_manifest
+from ditty.choices import ExportTo
 from ditty.errors import DittyError
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
@@ -110,11 +111,23 @@ def refresh(spec: SpecFile, overrides: Overrides = None) -> None:
 
 def export(
     run: Annotated[str, typer.Argument(help="The run's name.")],
-    out: Annotated[str, typer.Option(help="A folder that is made, or s3://bucket/prefix/name.")],
+    to: Annotated[
+        ExportTo,
+        typer.Option(help="The adapter, or a model with the adapter merged into its base."),
+    ] = ExportTo.ADAPTER,
+    out: Annotated[
+        str | None, typer.Option(help="A folder that is made, or s3://bucket/prefix/name.")
+    ] = None,
 ) -> None:
     """Copy the result of a run, an adapter or a whole model, to where it is used."""
-    found = _call("export", run, out)
-    console.print(f"[bold]result[/]: {escape(found['out'])}", soft_wrap=True)
+    from ditty.demo import use_it, use_model
+
+    found = _call("export", run, to, out)
+    place = found["out"] or found["path"]
+    console.print(f"\n[bold]result[/]: {escape(place)}", soft_wrap=True)
+    folder = out if out and "://" not in out else found["path"]  # what transformers can read
+    lines = use_it(folder, found["base"]) if found["base"] else use_model(folder)
+    console.print(f"[bold]use it[/]\n{escape(lines)}", soft_wrap=True)
 
 
 def plan(

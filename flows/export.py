@@ -1,60 +1,146 @@
-"""The flow `export`: the result of a run, copied to where it is used."""
+"""The flow `export`: the result of a run, merged where asked, and copied to where it is used."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from ditty import stages
-from ditty.artifacts import Store
+from ditty import basemodel, stages
+from ditty.artifacts import Store, read_manifest
+from ditty.choices import Adapter, Device, ExportTo
 from ditty.errors import RunError
-from ditty.files import read_json
+from ditty.files import locked, read_json
 from ditty.remote import Remote
 from ditty.spec import RunSpec
+from ditty.specfile import parse_spec
+from ditty.stages import StageRef
 from ditty.status import find_run
-from flows import tasks
+from flows import line, tasks
 from flows.frame import framed
 from flows.mirror import fetch_result
 from flows.tasks import Caller
+from flows.training import Work
 
 
-@flow(name="export", flow_run_name="{run}", retries=0, persist_result=False)
-def export(run: str, out: str) -> dict[str, Any]:
-    """Copy the result of a run to `out`: an adapter in peft's layout, or a whole model.
+@dataclass(frozen=True)
+class Trained:
+    """The newest finished training of a run.
+
+    Attributes:
+        spec: what was trained, for a machine without a GPU.
+        key: its content key; its artifact may be elsewhere.
+    """
+
+    spec: RunSpec
+    key: str
+
+
+@flow(name="export", flow_run_name="export {run}", retries=0, persist_result=False)
+def export(run: str, to: ExportTo = ExportTo.ADAPTER, out: str | None = None) -> dict[str, Any]:
+    """The result of a run: what was trained, or a whole model; copied to `out`.
 
     The copy is verified file by file, and a copy that was cut short goes on where it was.
 
     Args:
         run: The run's name.
-        out: A folder that is made, or `s3://bucket/prefix/name`.
+        to: The adapter in peft's layout, or a model with the adapter merged into its unquantized
+            base. Where everything was trained (`model.adapter: none`), either is the model.
+        out: A folder that is made, or `s3://bucket/prefix/name`; without it, the result stays in
+            the store.
 
     Returns:
-        {"run", "out": where it is now, a url, "digest": SHA-256 of its content}
+        {"run", "to", "path": in the store, "out": the url of the copy or None, "digest": SHA-256
+        of its content, "base": the model beside which an adapter is loaded, or None}
     Raises:
-        RunError: there is no such run, or it has no result.
+        RunError: there is no such run, it has no result, or its base model is another by now.
         RemoteError: another content is there already, or the place cannot be reached.
+        DittyError: what else stopped it.
     """
     store = Store()
+    trained = _newest(run, store)
+
+    def body(call: Caller) -> dict[str, Any]:
+        url = _checked_url(out)
+        result = _result(call, trained, to)
+        path = store.path(result.stage, result.key)
+        if url is not None:
+            call(tasks.export, stages.export_ref(result, url), path)
+        is_adapter = to is ExportTo.ADAPTER and trained.spec.model.adapter is not Adapter.NONE
+        return {
+            "run": run,
+            "to": to.value,
+            "path": str(path),
+            "out": url,
+            "digest": read_manifest(path).digest,
+            "base": trained.spec.model.base_model if is_adapter else None,
+        }
+
+    return framed(Caller.of(trained.spec, store), body)
+
+
+def _newest(run: str, store: Store) -> Trained:
     directory = find_run(store, run)
-    spec = RunSpec.model_validate(read_json(directory.spec_file))
-    key = (read_json(directory.trained_file) or {}).get("train")
-
-    def copy(call: Caller) -> dict[str, Any]:
-        if not key or not _is_here(spec, store, key):
-            raise RunError(
-                f"run {run} has no result in {store.home}: run its spec (what is there is not made "
-                "again), then export it"
-            )
-        url = out if "://" in out else Path(out).expanduser().absolute().as_uri()
-        digest = call(tasks.export, stages.export_ref(key, url.rstrip("/")), store)
-        return {"run": run, "out": url, "digest": digest}
-
-    return framed(Caller.of(spec, store), copy)
+    found = read_json(directory.trained_file)
+    if found is None:
+        raise RunError(
+            f"run {run} has not finished a training: see `ditty status {run}`, and run its spec "
+            "(what is there is not made again), then export it"
+        )
+    where = str(directory.trained_file)
+    spec = parse_spec(found["spec"], where=where)
+    # The machine that trained may have had a GPU; a merge needs none.
+    launch = spec.launch.model_copy(update={"device": Device.CPU})
+    return Trained(spec.model_copy(update={"launch": launch}), found["train"])
 
 
-def _is_here(spec: RunSpec, store: Store, key: str) -> bool:
-    if store.find("train", key):
-        return True
-    url = spec.upload.url
-    return url is not None and fetch_result(store, Remote(url), spec.name, key, get_run_logger())
+def _checked_url(out: str | None) -> str | None:
+    """`out` as a url, of a place that answers: asked before anything is made for it."""
+    if out is None:
+        return None
+    url = out if "://" in out else Path(out).expanduser().absolute().as_uri()
+    parent, _, name = url.rstrip("/").rpartition("/")
+    Remote(parent).manifest(name)
+    return f"{parent}/{name}"
+
+
+def _result(call: Caller, trained: Trained, to: ExportTo) -> StageRef:
+    """The stage whose artifact is wanted; it is in the store then.
+
+    Raises:
+        RunError: the training's result is gone, or its base model is another by now.
+    """
+    spec, store = call.spec, call.store
+    ref = _training(spec, store, trained.key)
+    if to is ExportTo.ADAPTER or spec.model.adapter is Adapter.NONE:
+        return ref
+    base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
+    if stages.model_key(base) != ref.inputs["model"]:
+        raise RunError(
+            f"{spec.model.base_model} is not the model that run {spec.name} was trained upon: its "
+            "files have changed since, so the adapter does not belong to them. Put the earlier "
+            "files back (of a hub model: name their commit as model.revision and run the spec "
+            "again), or use `--to adapter`"
+        )
+    assert base.model_dir is not None, "the base model was fetched"
+    merge = stages.merge_ref(trained.key, basemodel.key(base.base))
+    work = Work(spec, store, base.model_dir).of_result(trained.key)
+    with locked(work.run.flow_lock, shared=True):
+        call.cached(tasks.make_model, merge, work)
+    return merge
+
+
+def _training(spec: RunSpec, store: Store, key: str) -> StageRef:
+    """The training of that key, its result in the store."""
+    manifest, url = store.find("train", key), spec.upload.url
+    if manifest is None and url:
+        fetch_result(store, Remote(url), spec.name, key, get_run_logger())
+        manifest = store.find("train", key)
+    if manifest is None:
+        raise RunError(
+            f"the result of run {spec.name} (training {key[:12]}) is neither in {store.home} nor "
+            f"at {url or 'an upload target, since the spec has none'}: run its spec again (what is "
+            "there is not made again), then export it"
+        )
+    return StageRef("train", key, manifest.facts["inputs"], "train")

@@ -52,7 +52,8 @@ def train(call: Caller, line: StageLine) -> Prepared:
         line = prepared.line
         ref = line.need("train")
         done = [*prepared.done, call.cached(tasks.train, ref, prepared.work)]
-        write_json(RunDir.named(spec.name, store.home).trained_file, {"train": ref.key})
+        trained = {"train": ref.key, "spec": spec.model_dump(mode="json")}
+        write_json(RunDir.named(spec.name, store.home).trained_file, trained)
         publish_lineage(store.path(ref.stage, ref.key), spec.name, store)
         if upload := line.only("upload"):
             done.append(call.cached(tasks.upload, upload, ref, spec, store))

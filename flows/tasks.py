@@ -1,6 +1,7 @@
 """The tasks of the flow: each makes one stage's artifact, or finds it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prefect import State, Task, task
@@ -34,7 +35,7 @@ def make_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Re
 
 @task(name="model", task_run_name="{ref.title}")
 def make_model(ref: StageRef, work: Work) -> Reference:
-    """`fetch` of a .gguf file, or `prequantize`: tensors, so in a process of its own."""
+    """`fetch` of a .gguf file, `prequantize`, `merge`: tensors, so in a process of its own."""
     return _in_a_process(ref, work)
 
 
@@ -97,10 +98,10 @@ def upload(ref: StageRef, trained: StageRef, spec: RunSpec, store: Store) -> Ref
 
 
 @task(name="export", task_run_name="{ref.title}")
-def export(ref: StageRef, store: Store) -> str:
-    """Copy a result to another place, verified there; its digest."""
+def export(ref: StageRef, source: Path) -> str:
+    """Copy an artifact to another place, verified there; its digest."""
     url, _, name = ref.inputs["out"].rpartition("/")
-    return Remote(url).put(store.path("train", ref.inputs["train"]), name)
+    return Remote(url).put(source, name)
 
 
 @task(name="promote", task_run_name="{ref.title}")

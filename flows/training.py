@@ -43,7 +43,7 @@ class Work:
     Attributes:
         model_dir: the base model: a folder, or a .gguf file for `fetch`.
         data_dir: the packed rows; None for the stages of the model.
-        trained_dir: a training's result, for `evaluate`.
+        trained_dir: a training's result, for `evaluate` and `merge`.
     """
 
     spec: RunSpec

@@ -1,34 +1,49 @@
-"""`export` copies what a run has made, verified, and never over something else.
+"""`export` merges and copies what a run has made, verified, and never over something else.
 
-The result is a stand-in; that a run leaves word of its own is seen in test_finetune.
+Where only the copy matters the result is a stand-in; that a run leaves word of its own is seen in
+test_finetune, what a merge gives in test_merge.
 """
 
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from ditty import stages
 from ditty.artifacts import Store, verify
-from ditty.errors import RemoteError, RunError
+from ditty.choices import ExportTo, Quantization
+from ditty.errors import DittyError, RemoteError, RunError
 from ditty.files import write_json
+from ditty.lineage import lineage
+from ditty.quantize import quantize
 from ditty.remote import Remote, final_name
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
+from flows.cli import app
 from flows.export import export
+from flows.progress import Event, EventState, listen
+from tests.architectures import rewrite
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.served import tiny_spec
+from tests.test_merge import trained
+
+
+def leave_word(run: RunDir, spec: RunSpec, key: str) -> None:
+    run.root.mkdir(parents=True)
+    write_json(run.trained_file, {"train": key, "spec": spec.model_dump(mode="json")})
 
 
 @pytest.fixture
 def made(tmp_path: Path, home: Path, prefect_api: str) -> Path:
     """The result of the run `mine`, in the store and at its target."""
     spec = RunSpec.model_validate(tiny_spec(tmp_path, "mine", 1))
-    run, store, key = RunDir.named("mine", home), Store(home), "a" * 64
-    run.root.mkdir(parents=True)
-    write_json(run.spec_file, spec.model_dump(mode="json"))
-    write_json(run.trained_file, {"train": key})
-    with store.commit("train", key, {"stage": "train"}) as out:
+    store, key = Store(home), "a" * 64
+    leave_word(RunDir.named("mine", home), spec, key)
+    with store.commit("train", key, {"stage": "train", "inputs": {"model": "b"}}) as out:
         (out / "adapter_model.safetensors").write_bytes(b"weights")
     assert spec.upload.url
     (tmp_path / "target").mkdir()
@@ -38,15 +53,16 @@ def made(tmp_path: Path, home: Path, prefect_api: str) -> Path:
 
 def test_to_a_folder_and_to_a_bucket(made: Path, tmp_path: Path, bucket: str) -> None:  # noqa: F811
     out = tmp_path / "model-1"
-    done = export("mine", str(out))
+    assert export("mine")["path"] == str(made)
+    done = export("mine", out=str(out))
     assert done["digest"] == verify(out).digest == verify(made).digest
     assert (out / "adapter_model.safetensors").read_bytes() == b"weights"
     before = (out / "adapter_model.safetensors").stat().st_ino
-    assert export("mine", str(out)) == done, "a second time"
+    assert export("mine", out=str(out)) == done, "a second time"
     assert (out / "adapter_model.safetensors").stat().st_ino == before
 
     url = f"s3://{bucket.name}/models/one"
-    assert export("mine", url)["out"] == url
+    assert export("mine", out=url)["out"] == url
     manifest = Remote(f"s3://{bucket.name}/models").manifest("one")
     assert manifest and manifest.digest == done["digest"]
 
@@ -58,25 +74,86 @@ def test_never_over_something_else(made: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
     shutil.copytree(other.path("train", "b" * 64), there)
     with pytest.raises(RemoteError, match="another content is committed"):
-        export("mine", str(there))
+        export("mine", out=str(there))
     assert (there / "adapter_model.safetensors").read_bytes() == b"others"
 
 
 def test_a_result_that_is_gone_here_comes_from_the_target(made: Path, tmp_path: Path) -> None:
     shutil.rmtree(made)
-    export("mine", str(tmp_path / "out"))
+    export("mine", out=str(tmp_path / "out"))
     assert verify(tmp_path / "out").digest == verify(made).digest
     shutil.rmtree(made)
     shutil.rmtree(tmp_path / "target")
     (tmp_path / "target").mkdir()
-    with pytest.raises(RunError, match="has no result"):
-        export("mine", str(tmp_path / "more"))
+    with pytest.raises(RunError, match="neither in .* nor at file:///"):
+        export("mine", out=str(tmp_path / "more"))
 
 
-def test_no_such_run(made: Path, tmp_path: Path) -> None:
+def test_no_such_run(made: Path, home: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run yours .* runs there: mine"):
-        export("yours", str(tmp_path / "out"))
+        export("yours", out=str(tmp_path / "out"))
+    RunDir.named("begun", home).root.mkdir()
+    with pytest.raises(RunError, match="run begun has not finished a training"):
+        export("begun")
 
 
-def test_two_places_are_two_stages() -> None:
-    assert stages.export_ref("a", "file:///x").key != stages.export_ref("a", "file:///y").key
+def test_a_place_is_refused_before_anything_is_made_for_it(made: Path, tmp_path: Path) -> None:
+    for place in (
+        "https://example.org/model",
+        str(tmp_path / "no name"),
+        str(tmp_path / "no" / "x"),
+    ):
+        with pytest.raises(DittyError, match="no target|no name|no folder"):
+            export("mine", ExportTo.MERGED, place)
+    with pytest.raises(RunError, match="is not the model that run mine was trained upon"):
+        export("mine", ExportTo.MERGED)
+
+
+def test_the_key_of_a_merge() -> None:
+    first = stages.merge_ref("a", "b")
+    others = [stages.merge_ref("x", "b"), stages.merge_ref("a", "x")]
+    others += [stages.merge_ref("a", "b", "bfloat16")]
+    assert len({ref.key for ref in (first, *others)}) == 4
+    assert stages.export_ref(first, "file:///x").key != stages.export_ref(first, "file:///y").key
+
+
+def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefect_api: str) -> None:
+    """An adapter of an nf4 base, merged into fp32: what it is beside the unquantized base."""
+    values = tiny_spec(tmp_path, "mine", 4)
+    values["model"]["quantization"] = "nf4"
+    spec, store = RunSpec.model_validate(values), Store(home)
+    train = stages.resolve(spec, store).need("train")
+    (tmp_path / "nf4").mkdir()
+    quantize(tmp_path / "model", tmp_path / "nf4", Quantization.NF4, "float32")
+    with store.commit("train", train.key, {"stage": "train", "inputs": train.inputs}) as staging:
+        trained(tmp_path / "nf4", staging, "dora")
+    leave_word(RunDir.named("mine", home), spec, train.key)
+    events: list[Event] = []
+    with listen(events.append):
+        done = export("mine", ExportTo.MERGED, str(tmp_path / "out"))
+        again = export("mine", ExportTo.MERGED)
+    states = [e.state for e in events if e.stage.startswith("merge")]
+    assert states == [EventState.STARTED, EventState.DONE, EventState.STARTED, EventState.CACHED]
+    assert again == done | {"out": None}
+    assert verify(tmp_path / "out").digest == verify(Path(done["path"])).digest
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapter = export("mine")
+    assert adapter["base"] == str(tmp_path / "model") and done["base"] is None
+    ids = torch.arange(3, 40)[None]
+    plain = base(ids).logits
+    expected = PeftModel.from_pretrained(base, adapter["path"]).eval()(ids).logits
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+    kinds = {parent.kind for parent in lineage(str(tmp_path / "out"), store).parents}
+    assert kinds == {"train", "model"}
+    rewrite(tmp_path / "model", lambda tensors: [t.mul_(2) for t in tensors.values()])
+    with pytest.raises(RunError, match="its files have changed since"):
+        export("mine", ExportTo.MERGED)
+
+
+def test_the_command(made: Path) -> None:
+    done = CliRunner().invoke(app, ["export", "mine"])
+    assert done.exit_code == 0, done.output
+    assert str(made) in done.output.replace("\n", "") and "PeftModel.from_pretrained" in done.output

@@ -80,7 +80,8 @@ def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) 
     target = Path(spec.upload.url.removeprefix("file://")) / "demo" / "final" / trained.name
     assert verify(target).digest == verify(trained).digest
 
-    assert read_json(run.trained_file) == {"train": trained.name}
+    dumped = spec.model_dump(mode="json")
+    assert read_json(run.trained_file) == {"train": trained.name, "spec": dumped}
 
     shutil.rmtree(target)
     third = states(spec)

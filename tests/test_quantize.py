@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from ditty import quantize as module
+from ditty import shards
 from ditty.choices import Quantization
 from ditty.errors import ModelError, StoreError
 from ditty.quantize import quantize
@@ -181,7 +182,7 @@ def test_weights_that_a_model_keeps_in_fp32(
 
 def test_shards(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 30_000
-    monkeypatch.setattr(module, "SHARD_BYTES", limit)
+    monkeypatch.setattr(shards, "SHARD_BYTES", limit)
     facts = quantized(sources["llama_untied"], tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert facts["shards"] == len(files) > 2
@@ -213,7 +214,7 @@ def test_sharded_source(tmp_path: Path, sources: dict[str, Path]) -> None:
 def test_same_bytes_each_time_whatever_the_threads(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
@@ -347,7 +348,7 @@ def test_weight_under_a_name_of_another_kind(sources: dict[str, Path], tmp_path:
     model = module.skeleton(
         sources["llama_tied"], module._nf4_settings(torch.float32), torch.float32, False
     )
-    header = Header(Path("a.safetensors"), "up.kernel", [128, 64], 128 * 64 * 4)
+    header = Header(Path("a.safetensors"), "up.kernel", [128, 64], 128 * 64 * 4, "F32")
     target = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(ModelError, match="up.kernel in a.safetensors is the weight model.layers.0"):
         _describe(model, header, target, torch.float32, module._nf4_size)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from ditty import quantize as module
+from ditty import shards
 from ditty.choices import Quantization
 from ditty.modelfolder import WEIGHTS
 
@@ -89,7 +90,7 @@ def test_unusual_checkpoints(
 
     source = rewrite(sources["llama_untied"], tmp_path / "base", change)
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", {"k_proj"})
-    monkeypatch.setattr(module, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
     monkeypatch.setattr(module, "CHUNK", 1000)
     facts = quantized(source, tmp_path / "out", "bfloat16", INT8)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
