@@ -111,6 +111,7 @@ class Promotions:
         """The stage that promotes `pointer`, after the evaluation of that key."""
         inputs = {"train": pointer.train, "evaluation": evaluation}
         where = {"name": self.name, "number": pointer.number, "over": pointer.over or "base"}
+        where["result"] = pointer.result  # another target is another promotion
         return make_ref("promote", f"promote {pointer.train[:8]}", inputs | where)
 
     def promote(self, ref: StageRef, pointer: InPlace) -> str:

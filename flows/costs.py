@@ -49,10 +49,15 @@ class Entry:
 
 @dataclass
 class StageBook:
-    """The entries of one flow run, in order."""
+    """The entries of one flow run, in order.
+
+    Attributes:
+        trained: the run whose result the flow run has made or found, once it has.
+    """
 
     store: Store
     entries: list[Entry] = field(default_factory=list)
+    trained: str | None = None
 
     def start(self, ref: StageRef) -> "Timing":
         """Call its `end` when the stage has ended."""

@@ -9,12 +9,11 @@ from ditty import preflight, stages
 from ditty.artifacts import Store
 from ditty.errors import RunError
 from ditty.files import locked
-from ditty.remote import Remote
 from ditty.spec import RunSpec
 from flows import tasks
 from flows.frame import framed, run_name
 from flows.line import Prepared, prepare
-from flows.mirror import fetch_result
+from flows.mirror import have_result
 from flows.publish import publish_evaluation
 from flows.tasks import Caller
 
@@ -53,10 +52,8 @@ def measure(call: Caller, prepared: Prepared, trained: str | None) -> dict[str, 
 
 def _find_result(spec: RunSpec, store: Store, prepared: Prepared) -> None:
     key = prepared.line.need("train").key
-    if store.find("train", key):
-        return
     url = spec.upload.url
-    if url and fetch_result(store, Remote(url), spec.name, key, get_run_logger()):
+    if have_result(store, url, spec.name, key, get_run_logger()):
         return
     where = f"{store.home}{f' nor at {url}' if url else ''}"
     raise RunError(

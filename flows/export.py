@@ -19,7 +19,7 @@ from ditty.stages import StageRef
 from ditty.status import find_run
 from flows import line, tasks
 from flows.frame import framed
-from flows.mirror import fetch_result
+from flows.mirror import have_result
 from flows.tasks import Caller
 from flows.training import Work
 
@@ -133,14 +133,12 @@ def _result(call: Caller, trained: Trained, to: ExportTo) -> StageRef:
 
 def _training(spec: RunSpec, store: Store, key: str) -> StageRef:
     """The training of that key, its result in the store."""
-    manifest, url = store.find("train", key), spec.upload.url
-    if manifest is None and url:
-        fetch_result(store, Remote(url), spec.name, key, get_run_logger())
-        manifest = store.find("train", key)
-    if manifest is None:
+    url = spec.upload.url
+    if not have_result(store, url, spec.name, key, get_run_logger()):
         raise RunError(
             f"the result of run {spec.name} (training {key[:12]}) is neither in {store.home} nor "
             f"at {url or 'an upload target, since the spec has none'}: run its spec again (what is "
             "there is not made again), then export it"
         )
-    return StageRef("train", key, manifest.facts["inputs"], "train")
+    facts = read_manifest(store.path("train", key)).facts
+    return StageRef("train", key, facts["inputs"], "train")

@@ -55,6 +55,7 @@ def train(call: Caller, line: StageLine) -> Prepared:
         trained = {"train": ref.key, "spec": spec.model_dump(mode="json")}
         write_json(RunDir.named(spec.name, store.home).trained_file, trained)
         publish_lineage(store.path(ref.stage, ref.key), spec.name, store)
+        call.book.trained = spec.name
         if upload := line.only("upload"):
             done.append(call.cached(tasks.upload, upload, ref, spec, store))
     return replace(prepared, done=tuple(done))

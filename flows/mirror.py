@@ -118,6 +118,17 @@ def fetch_result(store: Store, remote: Remote, run_name: str, key: str, log: Log
     return True
 
 
+def have_result(store: Store, url: str | None, run_name: str, key: str, log: Logger) -> bool:
+    """Whether the result of this training is in the store, by now: from the target if need be.
+
+    Args:
+        url: the spec's upload target, or None.
+    """
+    if store.find("train", key):
+        return True
+    return url is not None and fetch_result(store, Remote(url), run_name, key, log)
+
+
 class Mirror:
     """Within its block, a thread copies each newest committed checkpoint to the target.
 

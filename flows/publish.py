@@ -130,7 +130,9 @@ class LiveReport:
 def publish_stages(book: StageBook, name: str) -> None:
     """The table of the stages that the flow run came to, as it ends, however it ends."""
     if book.entries:
-        key, about = artifact_key("stages", name), f"{book.summary()}. {lineage_link(name)}"
+        key, about = artifact_key("stages", name), book.summary()
+        if book.trained:
+            about += f". {lineage_link(book.trained)}"
         within(TABLE_SECONDS, lambda: create_table_artifact(book.rows(), key, about))
 
 

@@ -167,6 +167,17 @@ def test_a_promotion_without_its_manifest_is_none(tmp_path: Path, pointer: InPla
     assert place.current() == second
 
 
+def test_another_target_is_told_its_own_place(tmp_path: Path, pointer: InPlace) -> None:
+    store, found = Store(tmp_path / "home"), []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        place = Promotions(spec_of(tmp_path, upload={"url": f"file://{tmp_path}/{name}"}), store)
+        there = replace(pointer, result=place.result_url(pointer.run, pointer.train))
+        place.promote(place.ref(there, "e"), there)
+        found.append(place.current())
+    assert [p and p.result.split("/")[-4] for p in found] == ["one", "two"]
+
+
 def test_without_a_target_promotions_are_in_the_home(tmp_path: Path, pointer: InPlace) -> None:
     spec = spec_of(tmp_path, upload={})
     place = Promotions(spec, Store(tmp_path / "a home"))
