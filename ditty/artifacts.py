@@ -10,8 +10,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -26,6 +26,7 @@ from ditty.files import (
     read_json,
     sha256_bytes,
     sha256_file,
+    sha256_once,
     write_json,
 )
 from ditty.version import __version__
@@ -36,6 +37,8 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 
 MADE_BY = "made_by"  # the fact that says what made an artifact
+Make = Callable[[Path], dict[str, Any]]
+
 FLOW_RUN_VARIABLE = "DITTY_FLOW_RUN"  # id of the Prefect flow run, set by it for all below it
 
 
@@ -131,7 +134,7 @@ def describe(directory: Path, facts: dict[str, Any]) -> Manifest:
             raise StoreError(f"{path} is neither a file nor a directory: it cannot be committed")
         if path.is_file():
             name = path.relative_to(directory).as_posix()
-            files[name] = (path.stat().st_size, sha256_file(path))
+            files[name] = (path.stat().st_size, sha256_once(path))
     return Manifest(facts=facts, files=files)
 
 
@@ -233,17 +236,51 @@ class Store:
             log.warning("%s; set aside at %s and rebuilt", error, set_aside(path))
             return None
 
+    def build(
+        self, stage: str, key: str, facts: dict[str, Any], make: Make, *, resumable: bool = False
+    ) -> Manifest:
+        """The artifact `key` of `stage`, made if it is not there; the caller holds its lock.
+
+        Args:
+            facts: what is known of it before.
+            make: fills the folder that it is given, and returns further facts.
+            resumable: see `commit`.
+        """
+        found = self.find(stage, key)
+        if found:
+            return found
+        facts = dict(facts)
+        with self.commit(stage, key, facts, resumable=resumable) as out:
+            facts.update(make(out))
+        return read_manifest(self.path(stage, key))
+
     @contextmanager
-    def commit(self, stage: str, key: str, facts: dict[str, Any]) -> Iterator[Path]:
+    def commit(
+        self, stage: str, key: str, facts: dict[str, Any], *, resumable: bool = False
+    ) -> Iterator[Path]:
         """`commit_dir` at the artifact's place; the caller holds `lock(stage, key)`.
 
         Under that lock, staging directories of the same key have dead makers: they go first.
+
+        Args:
+            resumable: the block is given what an earlier one, however it ended, has left behind,
+                and makes only what is missing.
         """
         final = self.path(stage, key)
         for stale in final.parent.glob(f".tmp-{final.name}-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        with commit_dir(final, facts) as staging:
-            yield staging
+        if not resumable:
+            with commit_dir(final, facts) as staging:
+                yield staging
+            return
+        part = make_dir(final.with_name(f".part-{final.name}"))
+        try:
+            yield part
+        except BaseException:
+            with suppress(OSError):  # nothing to go on with
+                part.rmdir()
+            raise
+        commit(part, final, facts)
 
     def lock(self, stage: str, key: str) -> FileLock:
         """The lock of whoever builds this artifact."""

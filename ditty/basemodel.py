@@ -16,8 +16,8 @@ from typing import Any
 from ditty import hub
 from ditty.artifacts import Store
 from ditty.errors import ModelError, SpecError
-from ditty.files import canonical_json, sha256_bytes
-from ditty.modelfolder import check_folder, file_digest, folder_digest, tokenizer_digest
+from ditty.files import canonical_json, sha256_bytes, sha256_once
+from ditty.modelfolder import check_folder, folder_digest, tokenizer_digest
 
 __all__ = [
     "BaseModelRef",
@@ -81,7 +81,7 @@ def identify(base_model: str, revision: str | None = None) -> BaseModelRef:
             return BaseModelRef(str(path), Kind.FOLDER, {"content": folder_digest(path)})
         if not path.is_file():
             raise ModelError(_unknown_path(base_model))
-        return BaseModelRef(str(path), Kind.GGUF, {"sha256": file_digest(path)})
+        return BaseModelRef(str(path), Kind.GGUF, {"sha256": sha256_once(path)})
     if path.exists():
         raise ModelError(
             f"{base_model} is a file, expected a folder with config.json and safetensors, "

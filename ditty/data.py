@@ -122,13 +122,14 @@ class Data:
         }
         key = sha256_bytes(canonical_json({"stage": "prepare", "version": 1, "inputs": inputs}))
         lock = self.store.lock("prepare", key)
+
+        def make(out: Path) -> dict[str, Any]:
+            made = self._apply(method, function, kwargs)
+            write_rows(out / "data.arrow", made)
+            return {"rows": len(made)}
+
         with locked(lock.path):
-            if not self.store.find("prepare", key):
-                facts: dict[str, Any] = {"stage": "prepare", "inputs": inputs}
-                with self.store.commit("prepare", key, facts) as out:
-                    made = self._apply(method, function, kwargs)
-                    facts["rows"] = len(made)
-                    write_rows(out / "data.arrow", made)
+            self.store.build("prepare", key, {"stage": "prepare", "inputs": inputs}, make)
         self.dataset = read_rows(self.store.path("prepare", key) / "data.arrow")
         return key
 

@@ -38,6 +38,21 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_known: dict[tuple[int, int, int, int], str] = {}
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256_file`, remembered in this process for as long as the file stays as it is.
+
+    For what this process has written or only reads; whoever looks for damage reads again.
+    """
+    stat = path.stat()
+    file = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if file not in _known:
+        _known[file] = sha256_file(path)
+    return _known[file]
+
+
 def fsync_path(path: Path) -> None:
     """Flush one file or directory entry table to the disk."""
     fd = os.open(path, os.O_RDONLY)

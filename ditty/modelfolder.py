@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty.errors import ModelError, SpecError
-from ditty.files import canonical_json, read_json, sha256_bytes, sha256_file
+from ditty.files import canonical_json, read_json, sha256_bytes, sha256_once
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -161,17 +161,5 @@ def _read_config(path: Path) -> dict[str, Any]:
     return value
 
 
-_digests: dict[tuple[str, int, int], str] = {}
-
-
-def file_digest(path: Path) -> str:
-    """sha256_file, remembered in this process for as long as size and mtime stay."""
-    stat = path.stat()
-    known = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    if known not in _digests:
-        _digests[known] = sha256_file(path)
-    return _digests[known]
-
-
 def _digest_of(files: list[Path]) -> str:
-    return sha256_bytes(canonical_json([[path.name, file_digest(path)] for path in sorted(files)]))
+    return sha256_bytes(canonical_json([[path.name, sha256_once(path)] for path in sorted(files)]))

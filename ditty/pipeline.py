@@ -1,6 +1,7 @@
 """`Pipeline`: fine-tune from Python. Subclass it, override `dataset()`, call `run()`."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,9 @@ class Pipeline:
                 return basemodel.fetch(self.base, self.store)
             from ditty.convert import convert_gguf
 
-            facts: dict[str, Any] = {"stage": "fetch", "inputs": self.base.identity}
-            with self.store.commit("fetch", basemodel.key(self.base), facts) as out:
-                facts.update(convert_gguf(Path(self.base.name), out))
+            facts = {"stage": "fetch", "inputs": self.base.identity}
+            convert = partial(convert_gguf, Path(self.base.name))
+            self.store.build("fetch", basemodel.key(self.base), facts, convert)
         return self.model_dir()
 
     def weights_dir(self) -> Path:
@@ -108,15 +109,18 @@ class Pipeline:
         source = self.model_dir()
         ref = stages.prequantize_ref(self.spec, basemodel.key(self.base))
         with locked(self.store.lock(ref.stage, ref.key).path):
-            if not self.store.find(ref.stage, ref.key):
-                from ditty.quantize import quantize
-
-                facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
-                with self.store.commit(ref.stage, ref.key, facts) as out:
-                    to, dtype = self.spec.model.quantization, stages.base_dtype(self.spec)
-                    trust = self.spec.model.trust_remote_code
-                    facts.update(quantize(source, out, to, dtype, trust_remote_code=trust))
+            facts = {"stage": ref.stage, "inputs": ref.inputs}
+            make = partial(self._quantize, source)
+            self.store.build(ref.stage, ref.key, facts, make, resumable=True)
         return self.store.path(ref.stage, ref.key)
+
+    def _quantize(self, source: Path, out: Path) -> dict[str, Any]:
+        from ditty.quantize import quantize
+
+        to, dtype = self.spec.model.quantization, stages.base_dtype(self.spec)
+        trust = self.spec.model.trust_remote_code
+        device = resolve_device(LaunchSpec())
+        return quantize(source, out, to, dtype, device=device, trust_remote_code=trust)
 
     def run(self) -> Outcome:
         """Train, resuming from the newest checkpoint; write the result to `output_dir`/final.

@@ -121,10 +121,13 @@ class Promotions:
             RemoteError: another result was promoted meanwhile.
         """
         name = f"{self.name}/promoted/{pointer.number:06d}"
-        if not self.store.find(ref.stage, ref.key):
-            facts = {"stage": ref.stage, "inputs": ref.inputs, "run": pointer.run}
-            with self.store.commit(ref.stage, ref.key, facts) as out:
-                write_json(out / POINTER, asdict(pointer))
+
+        def make(out: Path) -> dict[str, Any]:
+            write_json(out / POINTER, asdict(pointer))
+            return {}
+
+        facts = {"stage": ref.stage, "inputs": ref.inputs, "run": pointer.run}
+        self.store.build(ref.stage, ref.key, facts, make)
         self._remote().put(self.store.path(ref.stage, ref.key), name)
         return f"{self.url}/{name}"
 

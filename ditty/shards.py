@@ -1,24 +1,31 @@
 """A model's folder, written piece by piece: shards with their index, and the files beside them.
 
-In the memory of one shard and what making one of its pieces takes.
+One shard is made while the one before it is written, and a shard that stands is never made again:
+the memory of two shards, and of what making one of their pieces takes.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ditty.errors import StoreError
-from ditty.files import write_json
+from ditty.files import fsync_path, read_json, sha256_once, write_json
 from ditty.modelfolder import INDEX, WEIGHTS, tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHARD_BYTES = 512 << 20  # of one file; a larger piece gets a file of its own
+SHARD_BYTES = 256 << 20  # of one file; a larger piece gets a file of its own
 SPARE_BYTES = 64 << 20  # of disk, beyond the result
 COPIED = ("generation_config.json", "*.py")
+PLAN = "shards.json"  # which tensors of the source each file is made of; there before they are
 
 Progress = Callable[[int, int, str], None]
 Parts = dict[str, torch.Tensor]
@@ -31,7 +38,8 @@ class Piece:
     Attributes:
         name: the source's name for it.
         source_bytes, result_bytes: sizes on disk; the latter is exact or slightly too large.
-        make: reads the source; the tensors to write, by name, none of them a view of another.
+        make: reads the source; the tensors to write, by name, on the CPU, none of them a view of
+            another.
     """
 
     name: str
@@ -40,37 +48,133 @@ class Piece:
     make: Callable[[], Parts]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One file of the result.
+
+    Attributes:
+        path: appears by a rename, after all of it is on the disk.
+        pieces: what it is made of.
+    """
+
+    path: Path
+    pieces: list[Piece]
+
+    @property
+    def source_bytes(self) -> int:
+        """What is read for it."""
+        return sum(piece.source_bytes for piece in self.pieces)
+
+    @property
+    def result_bytes(self) -> int:
+        """What it takes on disk, exact or slightly too large."""
+        return sum(piece.result_bytes for piece in self.pieces)
+
+    @property
+    def plan(self) -> list[list[Any]]:
+        """What it is made of, for `PLAN`."""
+        return [[piece.name, piece.source_bytes, piece.result_bytes] for piece in self.pieces]
+
+    def stands(self) -> bool:
+        """Whether it is there, whole, from an earlier attempt."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return bool(file.keys())
+        except (OSError, SafetensorError):
+            return False
+
+    def write(self, content: Parts) -> None:
+        """Put it on the disk, then give it its name."""
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            save_file(content, temporary, metadata={"format": "pt"})
+            fsync_path(temporary)
+            os.replace(temporary, self.path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_path(self.path.parent)
+        sha256_once(self.path)  # for the manifest, while the next shard is made
+
+
 def write_shards(pieces: Sequence[Piece], out: Path, progress: Progress | None = None) -> int:
     """Make and write the pieces in their order, with an index if there are several files.
 
     Args:
-        out: an existing folder.
+        out: an existing folder. Shards of the same pieces that an earlier call, however it ended,
+            has left there are kept.
         progress: called after each piece with source bytes done, source bytes in all, and name.
     Returns:
-        how many files that were.
+        how many files there are.
     Raises:
-        StoreError: the disk has no room for all of them; nothing is written.
+        StoreError: the disk has no room for what is missing; nothing is written.
     """
-    _check_disk(out, sum(piece.result_bytes for piece in pieces))
-    shards = _split(pieces)
+    shards = _split(pieces, out)
+    plan = {shard.path.name: shard.plan for shard in shards}
+    _remove_stale(plan, out)
+    missing = [shard for shard in shards if not shard.stands()]
+    _check_disk(out, sum(shard.result_bytes for shard in missing))
+    write_json(out / PLAN, plan)
     total = sum(piece.source_bytes for piece in pieces)
-    done = size = 0
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = WEIGHTS if len(shards) == 1 else several
-        content: Parts = {}
-        for piece in shard:
-            content.update(piece.make())
-            done += piece.source_bytes
-            if progress is not None:
-                progress(done, total, piece.name)
-        save_file(content, out / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(content, file))
-        size += sum(value.nbytes for value in content.values())
+    done = total - sum(shard.source_bytes for shard in missing)
+    with _Writer() as writer:
+        for shard in missing:
+            content: Parts = {}
+            for piece in shard.pieces:
+                content.update(piece.make())
+                done += piece.source_bytes
+                if progress is not None:
+                    progress(done, total, piece.name)
+            writer.write(shard, content)
     if len(shards) > 1:
-        write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        _write_index(shards, out)
     return len(shards)
+
+
+def _remove_stale(plan: dict[str, Any], out: Path) -> None:
+    """What an earlier call has left behind, of another plan, or half a file."""
+    stale = [*out.glob(".*.tmp")]
+    if read_json(out / PLAN) != plan:
+        stale += out.glob("*.safetensors")
+    for path in stale:
+        path.unlink()
+
+
+class _Writer:
+    """Writes one shard at a time in a thread, while its user makes the next."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ditty shards")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def write(self, shard: Shard, content: Parts) -> None:
+        """Wait until the shard before is on the disk, then begin with this one."""
+        self._wait()
+        self._last = self._pool.submit(shard.write, content)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        if error is None:
+            self._wait()
+
+
+def _write_index(shards: list[Shard], out: Path) -> None:
+    weight_map: dict[str, str] = {}
+    for shard in shards:
+        with safe_open(shard.path, framework="pt") as file:
+            weight_map.update(dict.fromkeys(file.keys(), shard.path.name))  # noqa: SIM118
+    size = weight_bytes(out)
+    write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def weight_bytes(folder: Path) -> int:
@@ -97,17 +201,22 @@ def _check_disk(out: Path, needed: int) -> None:
         )
 
 
-def _split(pieces: Sequence[Piece]) -> list[list[Piece]]:
+def _split(pieces: Sequence[Piece], out: Path) -> list[Shard]:
     """Consecutive pieces of at most SHARD_BYTES together, or a single larger one."""
-    shards: list[list[Piece]] = []
+    groups: list[list[Piece]] = []
     room = 0
     for piece in pieces:
-        if not shards or piece.result_bytes > room:
-            shards.append([])
+        if not groups or piece.result_bytes > room:
+            groups.append([])
             room = SHARD_BYTES
-        shards[-1].append(piece)
+        groups[-1].append(piece)
         room -= piece.result_bytes
-    return shards
+    if len(groups) == 1:
+        return [Shard(out / WEIGHTS, groups[0])]
+    return [
+        Shard(out / f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
+        for number, group in enumerate(groups, start=1)
+    ]
 
 
 def _existing(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:

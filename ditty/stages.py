@@ -6,6 +6,8 @@ keys of its inputs. Raise a stage's version when its code starts to give other b
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,12 @@ VERSIONS = {
     "map": 1,
     "tokenize": 1,
     "pack": 1,
-    "prequantize": 1,
+    "prequantize": 2,
     "train": 2,
     "upload": 1,
     "evaluate": 1,
     "promote": 1,
-    "merge": 1,
+    "merge": 2,
     "export": 1,
 }
 
@@ -200,6 +202,7 @@ def prequantize_ref(spec: RunSpec, model_key: str) -> StageRef:
         "model": model_key,
         "quantization": spec.model.quantization.value,
         "dtype": base_dtype(spec),
+        "bitsandbytes": metadata.version("bitsandbytes"),  # whose bits they are
     }
     return make_ref("prequantize", f"prequantize {spec.model.quantization}", inputs)
 
@@ -273,9 +276,6 @@ def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> M
 
     The caller holds the stage's lock.
     """
-    found = store.find(ref.stage, ref.key)
-    if found:
-        return found
     facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
     if ref.operation:
         facts["function"] = ref.operation.function
@@ -284,11 +284,8 @@ def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> M
     stages = line.data()
     index = stages.index(ref)
     source = store.path(stages[index - 1].stage, stages[index - 1].key) if index else None
-    with store.commit(ref.stage, ref.key, facts) as out:
-        facts.update(_run_data_stage(ref, spec, line.model_dir, source, out))
-    manifest = store.find(ref.stage, ref.key)
-    assert manifest is not None, f"{ref.stage} {ref.key} was committed a moment ago"
-    return manifest
+    make = partial(_run_data_stage, ref, spec, line.model_dir, source)
+    return store.build(ref.stage, ref.key, facts, make)
 
 
 def _run_data_stage(

@@ -9,13 +9,14 @@ import logging
 import math
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ditty.artifacts import Store
+from ditty.artifacts import Make, Store
 from ditty.choices import FinalWeights
 from ditty.errors import DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.files import read_json, write_json
@@ -24,6 +25,7 @@ from ditty.spec import RunSpec
 
 log = logging.getLogger("ditty.worker")
 
+PROGRESS_SECONDS = 5.0
 LOCK_WAIT_SECONDS = 60.0  # longer than an interrupted run's grace
 
 
@@ -65,6 +67,20 @@ class Job:
         )
 
 
+class Shown:
+    """Progress of a model's tensors, in the log: every few seconds, and at the end."""
+
+    def __init__(self, verb: str):
+        self.verb, self.last = verb, time.monotonic()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """One more tensor; in bytes of the source."""
+        now = time.monotonic()
+        if done == total or now - self.last >= PROGRESS_SECONDS:
+            self.last = now
+            log.info("%s %.2f of %.2f GB (%s)", self.verb, done / 1e9, total / 1e9, name)
+
+
 def convert(job: Job, attempt: Path) -> Result:
     """The `fetch` stage of a GGUF file."""
     from ditty.convert import convert_gguf
@@ -82,10 +98,12 @@ def prequantize(job: Job, attempt: Path) -> Result:
             out,
             job.spec.model.quantization,
             job.inputs["dtype"],
+            progress=Shown("quantized"),
+            device=job.device,
             trust_remote_code=job.spec.model.trust_remote_code,
         )
 
-    return _build(job, "prequantize", make)
+    return _build(job, "prequantize", make, resumable=True)
 
 
 def evaluate(job: Job, attempt: Path) -> Result:
@@ -126,19 +144,17 @@ def merge(job: Job, attempt: Path) -> Result:
             job.trained_dir,
             out,
             job.inputs["dtype"],
+            progress=Shown("merged"),
             trust_remote_code=job.spec.model.trust_remote_code,
         )
 
-    return _build(job, "merge", make)
+    return _build(job, "merge", make, resumable=True)
 
 
-def _build(job: Job, stage: str, make: Callable[[Path], dict[str, Any]]) -> Result:
-    store = Store(job.home)
+def _build(job: Job, stage: str, make: Make, *, resumable: bool = False) -> Result:
     base_model = job.spec.model.base_model
     facts: dict[str, Any] = {"stage": stage, "inputs": job.inputs, "base_model": base_model}
-    if not store.find(stage, job.key):
-        with store.commit(stage, job.key, facts) as out:
-            facts.update(make(out))
+    Store(job.home).build(stage, job.key, facts, make, resumable=resumable)
     return Result(Status.OK)
 
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ditty.artifacts import Store, read_manifest
-from ditty.choices import ExportTo
+from ditty.choices import ExportTo, Precision, Quantization
 from ditty.errors import DittyError
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
@@ -130,6 +130,32 @@ def export(
     console.print(f"[bold]use it[/]\n{escape(lines)}", soft_wrap=True)
 
 
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="A hub id, a folder with safetensors, or a .gguf file.")
+    ],
+    to: Annotated[Quantization, typer.Option(help="The format.")] = Quantization.NF4,
+    out: Annotated[
+        str | None, typer.Option(help="A folder that is made, or s3://bucket/prefix/name.")
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="What its layers compute in, and the other weights are in.")
+    ] = Precision.BF16,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, branch or tag of a hub model.")
+    ] = None,
+) -> None:
+    """Quantize a model once, shard by shard; trainings with the same format load the result."""
+    from ditty.demo import use_model
+
+    found = _call("quantize", model, to, out, precision, revision)
+    place = found["out"] or found["path"]
+    size = found["bytes"] / 1e9
+    console.print(f"\n[bold]result[/]: {escape(place)}, {size:.2f} GB", soft_wrap=True)
+    folder = out if out and "://" not in out else found["path"]  # what transformers can read
+    console.print(f"[bold]use it[/]\n{escape(use_model(folder))}", soft_wrap=True)
+
+
 def plan(
     spec: SpecFile,
     overrides: Overrides = None,
@@ -221,5 +247,19 @@ def _print_samples(spec: RunSpec, store: Store) -> None:
 
 
 # As `ditty --help` lists them.
-for command in (demo, run, plan, status, logs, evaluate, refresh, export, lineage, serve, deploy):
+COMMANDS = (
+    demo,
+    run,
+    plan,
+    status,
+    logs,
+    evaluate,
+    refresh,
+    export,
+    quantize,
+    lineage,
+    serve,
+    deploy,
+)
+for command in COMMANDS:
     app.command()(command)

@@ -62,11 +62,11 @@ def export(run: str, to: ExportTo = ExportTo.ADAPTER, out: str | None = None) ->
     trained = _newest(run, store)
 
     def body(call: Caller) -> dict[str, Any]:
-        url = _checked_url(out)
+        url = checked_url(out)
         result = _result(call, trained, to)
         path = store.path(result.stage, result.key)
         if url is not None:
-            call(tasks.export, stages.export_ref(result, url), path)
+            copy_to(call, result, url)
         is_adapter = to is ExportTo.ADAPTER and trained.spec.model.adapter is not Adapter.NONE
         return {
             "run": run,
@@ -95,7 +95,12 @@ def _newest(run: str, store: Store) -> Trained:
     return Trained(spec.model_copy(update={"launch": launch}), found["train"])
 
 
-def _checked_url(out: str | None) -> str | None:
+def copy_to(call: Caller, made: StageRef, url: str) -> None:
+    """Copy the artifact of `made` to `url`, a `checked_url`."""
+    call(tasks.export, stages.export_ref(made, url), call.store.path(made.stage, made.key))
+
+
+def checked_url(out: str | None) -> str | None:
     """`out` as a url, of a place that answers: asked before anything is made for it."""
     if out is None:
         return None

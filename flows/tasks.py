@@ -90,11 +90,13 @@ def upload(ref: StageRef, trained: StageRef, spec: RunSpec, store: Store) -> Ref
     name = final_name(spec.name, trained.key)
     digest = Remote(spec.upload.url).put(store.path(trained.stage, trained.key), name)
     receipt = {"target": spec.upload.url, "name": name, "digest": digest}
-    if not store.find(ref.stage, ref.key):
-        facts = {"stage": ref.stage, "inputs": ref.inputs, **receipt}
-        with store.commit(ref.stage, ref.key, facts) as out:
-            write_json(out / "receipt.json", receipt)
-    return made(ref, store)
+
+    def make(out: Path) -> dict[str, Any]:
+        write_json(out / "receipt.json", receipt)
+        return {}
+
+    facts = {"stage": ref.stage, "inputs": ref.inputs, **receipt}
+    return reference(ref, store.build(ref.stage, ref.key, facts, make))
 
 
 @task(name="export", task_run_name="{ref.title}")

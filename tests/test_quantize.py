@@ -24,12 +24,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from ditty import quantize as module
-from ditty import shards
+from ditty import formats, shards
 from ditty.choices import Quantization
 from ditty.errors import ModelError, StoreError
 from ditty.quantize import quantize
-from ditty.quantplan import Header, _describe
+from ditty.quantplan import Header, _describe, skeleton
 
 from .tiny import VOCABULARY, make_model_folder, tiny_config
 
@@ -39,7 +38,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama_tied": tiny_config(),
     "llama_untied": tiny_config(tie_word_embeddings=False, attention_bias=True),
     "gpt_neox": GPTNeoXConfig(**SMALL, **HEADS, intermediate_size=128, tie_word_embeddings=False),
-    "qwen3": Qwen3Config(**SMALL, **HEADS, intermediate_size=96, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, **HEADS, intermediate_size=128, num_key_value_heads=2),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=64, n_layer=2, n_head=4),
 }
 
@@ -230,13 +229,13 @@ def test_same_bytes_each_time_whatever_the_threads(
 def test_large_tensor_in_chunks_equals_one_call(shape: tuple[int, int]) -> None:
     # Large enough for several chunks, for a mean that depends on threads, and with an odd end.
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    assert weight.numel() > module.CHUNK
+    assert weight.numel() > formats.CHUNK
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
         torch.set_num_threads(2)
-        parts = module._nf4(weight)
+        parts = formats.nf4(weight)
     finally:
         torch.set_num_threads(before)
     expected = {f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}
@@ -255,7 +254,7 @@ def test_mean_of_scales_does_not_depend_on_threads() -> None:
         expected = [draw.mean() for draw in draws]
         torch.set_num_threads(2)
         assert any(draw.mean() != mean for draw, mean in zip(draws, expected, strict=True))
-        assert [module._mean_in_one_thread(draw) for draw in draws] == expected
+        assert [formats._mean_in_one_thread(draw) for draw in draws] == expected
     finally:
         torch.set_num_threads(before)
 
@@ -345,13 +344,13 @@ def test_unknown_dtype(sources: dict[str, Path], tmp_path: Path) -> None:
 
 def test_weight_under_a_name_of_another_kind(sources: dict[str, Path], tmp_path: Path) -> None:
     # Its scales would lie beside a name that transformers does not look them up by.
-    model = module.skeleton(
-        sources["llama_tied"], module._nf4_settings(torch.float32), torch.float32, False
+    model = skeleton(
+        sources["llama_tied"], formats._nf4_settings(torch.float32), torch.float32, False
     )
     header = Header(Path("a.safetensors"), "up.kernel", [128, 64], 128 * 64 * 4, "F32")
     target = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(ModelError, match="up.kernel in a.safetensors is the weight model.layers.0"):
-        _describe(model, header, target, torch.float32, module._nf4_size)
+        _describe(model, header, target, torch.float32, formats._nf4_size)
 
 
 def test_full_disk_is_found_before_anything_is_written(

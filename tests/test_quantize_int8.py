@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from ditty import quantize as module
-from ditty import shards
+from ditty import formats, shards
 from ditty.choices import Quantization
 from ditty.modelfolder import WEIGHTS
 
@@ -91,23 +90,23 @@ def test_unusual_checkpoints(
     source = rewrite(sources["llama_untied"], tmp_path / "base", change)
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", {"k_proj"})
     monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
-    monkeypatch.setattr(module, "CHUNK", 1000)
+    monkeypatch.setattr(formats, "CHUNK", 1000)
     facts = quantized(source, tmp_path / "out", "bfloat16", INT8)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert differences(theirs(source, torch.bfloat16, INT8), ours) == []
     assert facts["shards"] == len(list((tmp_path / "out").glob("*.safetensors"))) > 2
 
 
-@pytest.mark.parametrize("shape", [(2048, 2112), (2051, 2049), (1, module.CHUNK + 1)])
+@pytest.mark.parametrize("shape", [(2048, 2112), (2051, 2049), (1, formats.CHUNK + 1)])
 def test_large_weight_in_chunks_equals_one_call(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    assert weight.numel() > module.CHUNK
+    assert weight.numel() > formats.CHUNK
     packed, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
-    parts = module._int8(weight)
+    parts = formats.int8(weight)
     assert torch.equal(parts["weight"], packed)
     assert torch.equal(parts["SCB"], scales)
     written = sum(part.nbytes for part in parts.values())
-    assert written == module._int8_size(*shape)
+    assert written == formats._int8_size(*shape)
 
 
 def test_same_bytes_each_time_whatever_the_threads(

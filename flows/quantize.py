@@ -1,0 +1,92 @@
+"""The flow `quantize`: a base model, quantized once, and copied to where it is used."""
+
+import re
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from ditty import basemodel, preflight, stages
+from ditty.artifacts import Store, read_manifest
+from ditty.choices import Precision, Quantization
+from ditty.errors import SpecError
+from ditty.files import locked
+from ditty.rundir import RunDir
+from ditty.spec import RunSpec
+from ditty.specfile import parse_spec
+from flows import line
+from flows.export import checked_url, copy_to
+from flows.frame import framed
+from flows.tasks import Caller
+
+
+def _run_name() -> str:
+    parameters = flow_run.parameters
+    return f"quantize {parameters['model']} to {parameters['to']}"
+
+
+@flow(name="quantize", flow_run_name=_run_name, retries=0, persist_result=False)
+def quantize(
+    model: str,
+    to: Quantization = Quantization.NF4,
+    out: str | None = None,
+    precision: Precision = Precision.BF16,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """A base model in a quantized format, as a training with `model.quantization` loads it.
+
+    A spec with the same model, format and precision finds it made. One that was killed goes on at
+    the first shard that is missing.
+
+    Args:
+        model: Hub id, folder with safetensors, or .gguf file.
+        to: The format.
+        out: A folder that is made, or `s3://bucket/prefix/name`; without it, the result stays in
+            the store.
+        precision: What its layers compute in, and what is not quantized is kept in.
+        revision: Commit, branch or tag of a hub model.
+
+    Returns:
+        {"path": in the store, "out": the url of the copy or None, "digest": SHA-256 of its content,
+        "bytes": of its weights}
+    Raises:
+        SpecError: `to` is `none`.
+        ModelError: the model cannot be quantized.
+        DittyError: what else stopped it.
+    """
+    spec, store = _spec(model, to, precision, revision), Store()
+
+    def body(call: Caller) -> dict[str, Any]:
+        preflight.check_store(store)
+        url = checked_url(out)
+        base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
+        assert base.model_dir is not None, "the base model was fetched"
+        basemodel.check_folder(base.model_dir, quantize=True)
+        run = RunDir.named(spec.name, store.home)
+        with locked(run.flow_lock, shared=True):
+            path, _ = line.base_model(call, base)
+        if url is not None:
+            copy_to(call, base.need("prequantize"), url)
+        manifest = read_manifest(path)
+        return {
+            "path": str(path),
+            "out": url,
+            "digest": manifest.digest,
+            "bytes": manifest.facts["bytes"],
+        }
+
+    return framed(Caller.of(spec, store), body)
+
+
+def _spec(model: str, to: Quantization, precision: Precision, revision: str | None) -> RunSpec:
+    """A spec whose stages of the model are those wanted; its data are never looked at."""
+    if to is Quantization.NONE:
+        raise SpecError("--to: got none, which quantizes nothing: expected nf4 or int8")
+    short = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2])
+    values = {
+        "name": f"quantize-{short}-{to}",
+        "data": {"source": "none.jsonl"},
+        "model": {"base_model": model, "revision": revision, "quantization": to},
+        "train": {"precision": precision},
+    }
+    return parse_spec(values, where="quantize")
