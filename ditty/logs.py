@@ -19,6 +19,7 @@ class LoggedStage(StrEnum):
     PREQUANTIZE = "prequantize"
     TRAIN = "train"
     EVALUATE = "evaluate"
+    MERGE = "merge"
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What a run of a spec would do: which stages are cached, which will run and why, and how long."""
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ditty import basemodel, preflight, stages
+from ditty import basemodel, preflight, share, stages
 from ditty.artifacts import Manifest, Store
 from ditty.environment import resolve_device
 from ditty.legal import Strategy
@@ -20,7 +21,7 @@ class PlannedStage:
     """One line of a plan.
 
     Attributes:
-        state: "cached" or "will run".
+        state: "cached", "will be fetched" or "will run".
         why: in a few words.
         facts: counts that the finished stage has recorded.
     """
@@ -113,6 +114,9 @@ def _planned(
         return PlannedStage(
             ref.stage, ref.title, ref.key, "cached", "in the store, verified", facts
         )
+    if ref.key and share.there(ref):
+        why = f"made by another machine, shared at {os.environ[share.VARIABLE]}"
+        return PlannedStage(ref.stage, ref.title, ref.key, "will be fetched", why)
     if not ref.key:
         why = "its key needs the base model's tokenizer, which is not fetched yet"
     elif any(p.state == "will run" for p in before):

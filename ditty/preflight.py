@@ -2,7 +2,7 @@
 
 import uuid
 
-from ditty import basemodel, stages
+from ditty import basemodel, share, stages
 from ditty.artifacts import Store
 from ditty.choices import Quantization
 from ditty.environment import child_environment
@@ -18,7 +18,7 @@ def check(spec: RunSpec, store: Store) -> stages.StageLine:
 
     Checks that the store can be written, the launch fits this machine, sources, functions and the
     base model exist and fit the spec, the run directory is not another spec's, and the upload
-    target takes and gives back a small object.
+    target, and the place where stores are shared, take and give back a small object.
 
     Returns:
         The stages, resolved.
@@ -30,9 +30,16 @@ def check(spec: RunSpec, store: Store) -> stages.StageLine:
     line = stages.resolve(spec, store)
     check_model(spec, line)
     check_run(spec, store)
-    if spec.upload.url:
-        Remote(spec.upload.url).check()
+    check_places(spec.upload.url)
     return line
+
+
+def check_places(upload_url: str | None = None) -> None:
+    """Raise unless the upload target, and the place where stores are shared, can be used."""
+    if upload_url:
+        Remote(upload_url).check()
+    if shared := share.place():
+        shared.check()
 
 
 def check_store(store: Store) -> None:

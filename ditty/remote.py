@@ -13,7 +13,9 @@ import logging
 import re
 import shutil
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
@@ -26,6 +28,7 @@ from ditty.s3 import Bucket, Patience, scrub
 log = logging.getLogger(__name__)
 
 CHECK_S = 5.0  # seconds that `check` gives a request, and a fault to pass: a person looks on
+FILES_IN_FLIGHT = 4  # that are fetched at a time
 TRANSFERS = 2  # copies of a file that are made before its damage is called lasting
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*"
 _NAME = re.compile(rf"{_PART}(/{_PART})*")
@@ -157,8 +160,15 @@ class Remote:
             staging = staging_dir(final)
             try:
                 _need_room(staging, sum(size for size, _ in manifest.files.values()))
-                for path in manifest.files:
-                    self._fetch(name, path, manifest, staging / path)
+                with ThreadPoolExecutor(FILES_IN_FLIGHT, thread_name_prefix="ditty get") as pool:
+                    # The first error that is met ends it; what has not begun is not begun.
+                    fetch = partial(self._fetch, name, manifest, staging)
+                    waiting = [pool.submit(fetch, path) for path in manifest.files]
+                    try:
+                        for file in waiting:
+                            file.result()
+                    finally:
+                        pool.shutdown(wait=True, cancel_futures=True)
                 stands = commit(staging, final, manifest.facts)
             except OSError as error:
                 raise StoreError(f"cannot write {final}: {error}") from error
@@ -206,8 +216,9 @@ class Remote:
             log.warning("%s/%s is not what was sent: sent again", self.url, key)
         raise RemoteError(f"{self.url}/{key} is not what was sent, {TRANSFERS} times in a row")
 
-    def _fetch(self, name: str, path: str, manifest: Manifest, local: Path) -> None:
+    def _fetch(self, name: str, manifest: Manifest, directory: Path, path: str) -> None:
         size, sha256 = manifest.files[path]
+        local = directory / path
         where = f"{self.url}/{name}/{path}"
         local.parent.mkdir(parents=True, exist_ok=True)
         for transfer in range(1, TRANSFERS + 1):

@@ -58,6 +58,7 @@ def quantize(
 
     def body(call: Caller) -> dict[str, Any]:
         preflight.check_store(store)
+        preflight.check_places()
         url = checked_url(out)
         base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
         assert base.model_dir is not None, "the base model was fetched"

@@ -1,14 +1,15 @@
 """The tasks of the flow: each makes one stage's artifact, or finds it."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefect import State, Task, task
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, launch, stages
-from ditty.artifacts import MANIFEST, Store, read_manifest
+from ditty import basemodel, launch, share, stages
+from ditty.artifacts import MANIFEST, Manifest, Store, read_manifest
 from ditty.files import read_json, write_json
 from ditty.promotion import InPlace, Promotions
 from ditty.remote import Remote, final_name
@@ -30,7 +31,8 @@ def fetch_hub(ref: StageRef, base: basemodel.BaseModelRef, store: Store) -> None
 @task(name="data", task_run_name="{ref.title}")
 def make_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Reference:
     """A data stage, in this process."""
-    return reference(ref, stages.build_data(ref, line, spec, store))
+    make = partial(stages.build_data, ref, line, spec, store)
+    return reference(ref, share.made(ref, store, make))
 
 
 @task(name="model", task_run_name="{ref.title}")
@@ -43,7 +45,7 @@ def make_model(ref: StageRef, work: Work) -> Reference:
 def evaluate(ref: StageRef, work: Work) -> Reference:
     """A held-out loss; on the GPU, so that it waits for its turn as a training does."""
     if work.store.find(ref.stage, ref.key):
-        return made(ref, work.store)
+        return reference(ref, committed(ref, work.store))
     with training_slot():
         return _in_a_process(ref, work)
 
@@ -57,7 +59,8 @@ def evaluation(ref: StageRef, store: Store) -> dict[str, Any]:
 
 def _in_a_process(ref: StageRef, work: Work) -> Reference:
     log = get_run_logger()
-    if not work.store.find(ref.stage, ref.key):
+
+    def make() -> Manifest:
         result = launch.run_stage(
             ref.stage,
             work.job(ref),
@@ -68,7 +71,9 @@ def _in_a_process(ref: StageRef, work: Work) -> Reference:
             check=lambda: None,
         )
         launch.raise_for_result(result)
-    return made(ref, work.store)
+        return committed(ref, work.store)
+
+    return reference(ref, share.made(ref, work.store, make))
 
 
 @task(name="train", task_run_name="train {work.spec.name}")
@@ -77,7 +82,7 @@ def train(ref: StageRef, work: Work) -> Reference:
     if not work.store.find(ref.stage, ref.key):
         with training_slot():
             run_attempt(ref, work)
-    return made(ref, work.store)
+    return reference(ref, committed(ref, work.store))
 
 
 @task(name="upload", task_run_name="{ref.title}")
@@ -112,11 +117,11 @@ def promote(ref: StageRef, promotions: Promotions, pointer: InPlace) -> str:
     return promotions.promote(ref, pointer)
 
 
-def made(ref: StageRef, store: Store) -> Reference:
-    """The reference of what a worker has committed."""
+def committed(ref: StageRef, store: Store) -> Manifest:
+    """What a worker has made, verified."""
     manifest = store.find(ref.stage, ref.key)
     assert manifest is not None, f"{ref.stage} {ref.key} was to be committed by now"
-    return reference(ref, manifest)
+    return manifest
 
 
 @dataclass(frozen=True)
