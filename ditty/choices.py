@@ -48,6 +48,7 @@ class Quantization(StrEnum):
     NONE = "none"
     INT8 = "int8"
     NF4 = "nf4"
+    FP8 = "fp8"
 
 
 class ExportTo(StrEnum):

@@ -20,6 +20,7 @@ from ditty.shards import Parts
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 CHUNK = 1 << 22  # weights quantized in one call, which needs about 24 bytes for each
 BLOCK = 64  # NF4: weights that share a scale
@@ -32,7 +33,7 @@ Pack = Callable[[torch.Tensor], Parts]
 
 @dataclass(frozen=True)
 class Format:
-    """How bitsandbytes stores a quantized layer.
+    """How a quantized layer is stored.
 
     Attributes:
         title: for people.
@@ -43,7 +44,7 @@ class Format:
     """
 
     title: str
-    settings: Callable[[torch.dtype], "BitsAndBytesConfig"]
+    settings: Callable[[torch.dtype], "QuantizationConfigMixin"]
     pack: Pack
     size: Size
 
@@ -159,6 +160,31 @@ def _mean_in_one_thread(values: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(threads)
 
 
+def _fp8_settings(dtype: torch.dtype) -> "QuantizationConfigMixin":
+    from ditty.fp8 import Fp8Config
+
+    return Fp8Config()
+
+
+def _fp8_size(rows: int, columns: int) -> int:
+    return rows * columns + 4 * rows
+
+
+def fp8(weight: torch.Tensor) -> Parts:
+    """e4m3 with a scale a row: see ditty.fp8."""
+    from ditty.fp8 import E4M3, round_rows
+
+    rows = weight.shape[0]
+    made = torch.empty(weight.shape, dtype=E4M3)
+    scales = torch.empty(rows, 1)
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        rounded, scale = round_rows(weight[part])
+        made[part], scales[part] = rounded.cpu(), scale.cpu()
+    return {"weight": made, "weight_scale": scales}
+
+
 FORMATS = {
     Quantization.INT8: Format(
         "LLM.int8 (arXiv:2208.07339), one scale a row", _int8_settings, int8, _int8_size
@@ -169,15 +195,16 @@ FORMATS = {
         nf4,
         _nf4_size,
     ),
+    Quantization.FP8: Format("float8 e4m3, one scale a row", _fp8_settings, fp8, _fp8_size),
 }
 
 CARD = """---
 library_name: transformers
-tags: [{to}, bitsandbytes]
+tags: [{to}, {package}]
 ---
 # {architecture} in {to}
 
-Its linear layers are stored as {title}; everything else is {dtype}.
+The linear layers of its blocks are stored as {title}; everything else is {dtype}.
 
 - quantized weights: {quantized:,}
 - other weights: {other:,}
@@ -186,14 +213,20 @@ Its linear layers are stored as {title}; everything else is {dtype}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("this folder")  # needs bitsandbytes; quantizes nothing
+model = AutoModelForCausalLM.from_pretrained("this folder")  # needs {package}
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 
-The weights are those that transformers and bitsandbytes make of the original when they quantize
-it at load, on a CPU.
+{exactness}
 Made by `ditty quantize`; `ditty lineage` on this folder says from what.
 """
+
+
+EXACT = """The weights are those that transformers and bitsandbytes make of the original when they
+quantize it at load, on a CPU."""
+NEAREST = (
+    "Each weight is the nearest one of e4m3 to the original's, in fp32 and divided by its scale."
+)
 
 
 def model_card(architecture: str, to: Quantization, facts: dict[str, Any]) -> str:
@@ -203,7 +236,10 @@ def model_card(architecture: str, to: Quantization, facts: dict[str, Any]) -> st
         architecture: transformers' class.
         facts: what `ditty.quantize.quantize` has counted.
     """
+    made_by_us = to is Quantization.FP8
     return CARD.format(
+        package="compressed-tensors" if made_by_us else "bitsandbytes",
+        exactness=NEAREST if made_by_us else EXACT,
         architecture=architecture,
         to=to.value,
         title=FORMATS[to].title,

@@ -136,6 +136,16 @@ def _model_problems(s: Strategy) -> Iterator[str]:
             f"model.quantization: int8 cannot be cut by train.sharding: {s.sharding}: bitsandbytes "
             "keeps its scales on the weight object itself; use quantization: nf4, or sharding: ddp"
         )
+    if s.quantization is Quantization.FP8 and s.sharding is Sharding.ZERO3:
+        yield (
+            "model.quantization: fp8 cannot be cut by train.sharding: zero3, whose flat partitions "
+            "have one dtype; use train.sharding: fsdp2, or quantization: nf4"
+        )
+    if s.quantization is Quantization.FP8 and s.adapter is Adapter.DORA:
+        yield (
+            "model.adapter: dora needs the values of each row of the base, and model.quantization: "
+            "fp8 only multiplies with them; use adapter: lora, or quantization: nf4"
+        )
     if (
         s.adapter is Adapter.DORA
         and s.quantization is Quantization.NF4

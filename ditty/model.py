@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ditty import attention
-from ditty.choices import Adapter, Attention, Precision
+from ditty import attention, fp8
+from ditty.choices import Adapter, Attention, Precision, Quantization
 from ditty.errors import ModelError
-from ditty.files import sha256_bytes
+from ditty.files import read_json, sha256_bytes, write_json
 from ditty.spec import ModelSpec
 
 DTYPES = {
@@ -46,6 +46,10 @@ def load_base(
         places: arguments of from_pretrained that put it elsewhere than on `device`
             (offload.offload_options).
     """
+    options = dict(places or {"device_map": {"": device}})
+    if spec.quantization is Quantization.FP8:
+        fp8.check_device(device)
+        options["config"] = fp8.loading_config(folder, spec.trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -53,7 +57,7 @@ def load_base(
             attn_implementation=attention_name(spec),
             trust_remote_code=spec.trust_remote_code,
             local_files_only=True,
-            **(places or {"device_map": {"": device}}),
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the model in {folder}: {reason(error)}") from error
@@ -207,6 +211,7 @@ def save_trained(
             config.base_model_name_or_path = base_name
         module.save_pretrained(out, state_dict=dict(weights), save_embedding_layers=False)
         (out / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        _sort_sets(out / "adapter_config.json")
     else:
         model = base_model(module)
         state = dict(weights)
@@ -214,3 +219,17 @@ def save_trained(
             if root in state:
                 state[tied] = state[root]
         model.save_pretrained(out, state_dict=state)
+
+
+def _sort_sets(config: Path) -> None:
+    """peft holds sets of names, and writes them in another order in each process.
+
+    An order that means something (`layers_to_transform` of numbers) is not touched.
+    """
+    values = read_json(config)
+    assert values is not None, f"peft has written {config}"
+
+    def is_names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+    write_json(config, {k: sorted(v) if is_names(v) else v for k, v in values.items()})

@@ -26,7 +26,8 @@ from ditty.quantplan import Tensor, plan, skeleton
 from ditty.shards import DTYPES, Parts, Piece, Progress, copy_beside, weight_bytes, write_shards
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 def quantize(
@@ -48,7 +49,8 @@ def quantize(
         source: config.json, safetensors, tokenizer.
         out: gets config.json, shards, their index, a model card, and copies of tokenizer and
             generation files.
-        to: INT8 (LLM.int8, one scale a row) or NF4 (with double quantization).
+        to: INT8 (LLM.int8, one scale a row), NF4 (with double quantization) or FP8 (e4m3, one
+            scale a row).
         dtype: "float32", "bfloat16" or "float16": what weights are cast to first, what those that
             are not quantized are kept in, and what NF4 layers compute in.
         progress: called after each tensor with source bytes done, source bytes in all, and name.
@@ -103,7 +105,7 @@ def _convert(tensor: Tensor, pack: Pack, device: torch.device) -> Parts:
 
 
 def _write_config(
-    model: "PreTrainedModel", settings: "BitsAndBytesConfig", source: Path, out: Path
+    model: "PreTrainedModel", settings: "QuantizationConfigMixin", source: Path, out: Path
 ) -> None:
     """Everything beside the weights, so that `from_pretrained(out)` needs nothing else."""
     model.config.quantization_config = settings.to_dict()

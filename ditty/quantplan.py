@@ -19,8 +19,10 @@ from ditty.errors import ModelError
 from ditty.modelfolder import weight_files
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
+MADE_HERE = ".weight_scale"  # of a float8 layer: no checkpoint has it before
 Size = Callable[[int, int], int]  # bytes of a quantized layer on disk, by its `out` and `in`
 
 
@@ -67,7 +69,10 @@ class Header:
 
 
 def skeleton(
-    source: Path, settings: "BitsAndBytesConfig", dtype: torch.dtype, trust_remote_code: bool
+    source: Path,
+    settings: "QuantizationConfigMixin",
+    dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> "PreTrainedModel":
     """The model without weights, its layers replaced as in from_pretrained.
 
@@ -88,7 +93,7 @@ def skeleton(
 
 
 def is_quantized(model: "PreTrainedModel", name: str) -> bool:
-    """Whether bitsandbytes quantizes the parameter `name` of a `skeleton`."""
+    """Whether the parameter `name` of a `skeleton` is quantized."""
     return bool(_quantizer(model).param_needs_quantization(model, name))
 
 
@@ -170,7 +175,7 @@ def _describe(
         count=count,
         dtype=dtype,
         quantized=quantized,
-        transposed=quantized and issubclass(owner.source_cls, Conv1D),
+        transposed=quantized and issubclass(getattr(owner, "source_cls", torch.nn.Linear), Conv1D),
         source_bytes=header.size,
         result_bytes=(
             size(owner.out_features, owner.in_features) if quantized else count * dtype.itemsize
@@ -213,6 +218,8 @@ def _check_complete(model: "PreTrainedModel", seen: set[str], source: Path) -> N
     """Raise for a parameter that no tensor fills: from_pretrained would make it up at random."""
     tied = model.all_tied_weights_keys
     for name, _ in model.named_parameters(remove_duplicate=False):
+        if name.endswith(MADE_HERE):
+            continue
         root = tied.get(name, name)
         same = {name, root, *(target for target, origin in tied.items() if origin == root)}
         if not same & seen:

@@ -242,8 +242,8 @@ def _open(url: str, patience: Patience) -> Objects:
     if "@" in url:
         hint = "; credentials belong into the environment (AWS_ACCESS_KEY_ID ...), not into a url"
     raise SpecError(
-        f"upload.url: {scrub(url)!r} is no target; expected s3://bucket/prefix "
-        f"(letters, digits, '.', '_', '=', '+' and '-') or file:///folder{hint}"
+        f"{scrub(url)!r} (upload.url, --out or DITTY_STORE_URL) is no target; expected "
+        f"s3://bucket/prefix (letters, digits, '.', '_', '=', '+' and '-') or file:///folder{hint}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ditty import fp8
 from ditty.choices import Quantization
 from ditty.errors import ModelError
 from ditty.model import attention_name, keep_4bit_weights, reason
@@ -61,6 +62,8 @@ def empty_model(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> PreTrained
     def quantizer(config: Any) -> Any:
         if spec.quantization is Quantization.NONE:
             return None
+        if spec.quantization is Quantization.FP8:
+            return fp8.Fp8Quantizer(fp8.Fp8Config(), pre_quantized=True)
         return AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
 
     model = build_empty(

@@ -198,13 +198,11 @@ def prequantizes(spec: RunSpec) -> bool:
 
 def prequantize_ref(spec: RunSpec, model_key: str) -> StageRef:
     """The stage that quantizes the base model `model_key` once."""
-    inputs = {
-        "model": model_key,
-        "quantization": spec.model.quantization.value,
-        "dtype": base_dtype(spec),
-        "bitsandbytes": metadata.version("bitsandbytes"),  # whose bits they are
-    }
-    return make_ref("prequantize", f"prequantize {spec.model.quantization}", inputs)
+    to = spec.model.quantization
+    inputs = {"model": model_key, "quantization": to.value, "dtype": base_dtype(spec)}
+    if to is not Quantization.FP8:
+        inputs["bitsandbytes"] = metadata.version("bitsandbytes")  # whose bits they are
+    return make_ref("prequantize", f"prequantize {to}", inputs)
 
 
 def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | None) -> StageRef:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ditty import modelfolder
+from ditty import files
 from ditty.errors import ModelError, SpecError
 from ditty.modelfolder import check_folder, folder_digest, tokenizer_digest, weight_files
 
@@ -87,8 +87,8 @@ def test_tokenizer_digest_is_of_the_tokenizer_alone(folder: Path) -> None:
 
 def test_a_file_is_hashed_once_a_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    real = modelfolder.sha256_file
-    monkeypatch.setattr(modelfolder, "sha256_file", lambda p: hashed.append(p.name) or real(p))
+    real = files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda p: hashed.append(p.name) or real(p))
     folder_digest(folder)
     folder_digest(folder)
     assert hashed.count("model.safetensors") == 1
