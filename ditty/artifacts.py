@@ -37,9 +37,9 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 
 MADE_BY = "made_by"  # the fact that says what made an artifact
-Make = Callable[[Path], dict[str, Any]]
-
 FLOW_RUN_VARIABLE = "DITTY_FLOW_RUN"  # id of the Prefect flow run, set by it for all below it
+
+Make = Callable[[Path], dict[str, Any]]  # fills a folder, and returns facts
 
 
 @dataclass(frozen=True)

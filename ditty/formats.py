@@ -172,17 +172,14 @@ def _fp8_size(rows: int, columns: int) -> int:
 
 def fp8(weight: torch.Tensor) -> Parts:
     """e4m3 with a scale a row: see ditty.fp8."""
-    from ditty.fp8 import E4M3, round_rows
+    from ditty.fp8 import round_rows
 
-    rows = weight.shape[0]
-    made = torch.empty(weight.shape, dtype=E4M3)
-    scales = torch.empty(rows, 1)
-    step = max(1, CHUNK // weight.shape[1])
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        rounded, scale = round_rows(weight[part])
-        made[part], scales[part] = rounded.cpu(), scale.cpu()
-    return {"weight": made, "weight_scale": scales}
+    rows = max(1, CHUNK // weight.shape[1])
+    parts = [round_rows(chunk) for chunk in weight.split(rows)]
+    return {
+        "weight": torch.cat([part.cpu() for part, _ in parts]),
+        "weight_scale": torch.cat([scales.cpu() for _, scales in parts]),
+    }
 
 
 FORMATS = {

@@ -154,10 +154,9 @@ class Fp8Quantizer(HfQuantizer):
         kept = self.get_modules_to_not_convert(model)
         ignored = self.quantization_config.ignored
         for name, layer in list(model.named_modules()):
-            head = any(name == k or name.endswith(f".{k}") for k in kept)
             if type(layer) is not torch.nn.Linear:
                 continue
-            if head:
+            if any(name == k or name.endswith(f".{k}") for k in kept):
                 ignored.append(name)
                 continue
             _check_sides(name, layer)
@@ -175,7 +174,7 @@ class Fp8Quantizer(HfQuantizer):
         return ours and key == "weight" and not self.pre_quantized
 
     def is_serializable(self) -> bool:
-        """The layout has a name and a description: see `settings`."""
+        """The layout has a name and a description: see `on_disk`."""
         return True
 
     @property

@@ -37,14 +37,8 @@ def there(ref: StageRef) -> Manifest | None:
     Raises:
         RemoteError: the place cannot be asked.
     """
-    remote = place()
-    if remote is None or ref.stage not in SHARED:
-        return None
-    try:
-        return remote.manifest(_name(ref))
-    except ArtifactDamaged as error:
-        log.warning("%s: passed over", error)
-        return None
+    remote = _place_of(ref)
+    return None if remote is None else _committed(remote, ref)
 
 
 def made(ref: StageRef, store: Store, make: Callable[[], Manifest]) -> Manifest:
@@ -61,9 +55,10 @@ def made(ref: StageRef, store: Store, make: Callable[[], Manifest]) -> Manifest:
     found = store.find(ref.stage, ref.key)
     if found:
         return found
-    if there(ref):
-        remote = place()
-        assert remote is not None, "something is there"
+    remote = _place_of(ref)
+    if remote is None:
+        return make()
+    if _committed(remote, ref):
         try:
             manifest = remote.get(_name(ref), store.path(ref.stage, ref.key))
             log.info("fetched %s from %s/%s", ref.title, remote.url, _name(ref))
@@ -71,19 +66,24 @@ def made(ref: StageRef, store: Store, make: Callable[[], Manifest]) -> Manifest:
         except ArtifactDamaged as error:
             log.warning("%s; made again here", error)
     manifest = make()
-    _share(ref, store)
-    return manifest
-
-
-def _share(ref: StageRef, store: Store) -> None:
-    remote = place()
-    if remote is None or ref.stage not in SHARED:
-        return
     try:
         remote.put(store.path(ref.stage, ref.key), _name(ref))
         log.info("shared %s as %s/%s", ref.title, remote.url, _name(ref))
     except RemoteError as error:
         log.warning("%s was made and is not shared: %s", ref.title, error)
+    return manifest
+
+
+def _place_of(ref: StageRef) -> Remote | None:
+    return place() if ref.stage in SHARED else None
+
+
+def _committed(remote: Remote, ref: StageRef) -> Manifest | None:
+    try:
+        return remote.manifest(_name(ref))
+    except ArtifactDamaged as error:
+        log.warning("%s: passed over", error)
+        return None
 
 
 def _name(ref: StageRef) -> str:
