@@ -59,8 +59,9 @@ class Weight:
 
     def piece(self) -> Piece:
         """It, as it is to be written."""
-        size = self.source.size if self.dtype is None else self.count * self.dtype.itemsize
-        return Piece(self.source.name, self.source.size, size, self._make)
+        source = self.source.span
+        size = source.size if self.dtype is None else self.count * self.dtype.itemsize
+        return Piece(self.source.name, source.size, size, self._make, source)
 
     def _make(self) -> Parts:
         # Opened for each tensor: the pages of a mapping count as ours for as long as it is open.

@@ -78,7 +78,8 @@ class Fp8Config(QuantizationConfigMixin):
 def round_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3 [rows, columns], fp32 scale [rows, 1]) of a matrix; their product is nearest to it."""
     values = values.float()
-    scale = (values.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
+    # Not `/ LARGEST`, which GPUs compute as this product, and CPUs to another last bit.
+    scale = (values.abs().amax(dim=-1, keepdim=True) * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)
     return (values / scale).to(E4M3), scale
 
 

@@ -87,7 +87,8 @@ def _facts(tensors: list[Tensor], out: Path) -> dict[str, Any]:
 
 def _piece(tensor: Tensor, convert: Callable[[Tensor], Parts]) -> Piece:
     make = partial(convert, tensor)
-    return Piece(tensor.name, tensor.source_bytes, tensor.result_bytes, make)
+    size = tensor.source.size
+    return Piece(tensor.name, size, tensor.result_bytes, make, tensor.source)
 
 
 def _convert(tensor: Tensor, pack: Pack, device: torch.device) -> Parts:

@@ -17,6 +17,7 @@ import torch
 
 from ditty.errors import ModelError
 from ditty.modelfolder import weight_files
+from ditty.readahead import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,8 @@ class Tensor:
         dtype: what it is cast to, before anything else.
         quantized: or else a plain copy.
         transposed: of a layer of GPT-2's kind, which holds [in, out]; quantized, [out, in].
-        source_bytes, result_bytes: sizes on disk; the latter is exact or slightly too large.
+        source: where its bytes lie.
+        result_bytes: size on disk, exact or slightly too large.
     """
 
     file: Path
@@ -48,7 +50,7 @@ class Tensor:
     dtype: torch.dtype
     quantized: bool
     transposed: bool
-    source_bytes: int
+    source: Span
     result_bytes: int
 
 
@@ -57,14 +59,14 @@ class Header:
     """What a safetensors file says of one tensor.
 
     Attributes:
-        size: bytes.
+        span: where its bytes lie.
         dtype: as safetensors spells it, e.g. BF16.
     """
 
     file: Path
     name: str
     shape: list[int]
-    size: int
+    span: Span
     dtype: str
 
 
@@ -176,7 +178,7 @@ def _describe(
         dtype=dtype,
         quantized=quantized,
         transposed=quantized and issubclass(getattr(owner, "source_cls", torch.nn.Linear), Conv1D),
-        source_bytes=header.size,
+        source=header.span,
         result_bytes=(
             size(owner.out_features, owner.in_features) if quantized else count * dtype.itemsize
         ),
@@ -249,7 +251,7 @@ def headers(source: Path) -> Iterator[Header]:
                 raise ValueError(f"{size} bytes, expected {expected}")
             for name, (begin, end) in spans.items():
                 shape, dtype = list(entries[name]["shape"]), str(entries[name]["dtype"])
-                yield Header(file, name, shape, end - begin, dtype)
+                yield Header(file, name, shape, Span(file, 8 + length + begin, end - begin), dtype)
         except (struct.error, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{file} is damaged or no safetensors file ({error}): copy or download it again"

@@ -6,6 +6,7 @@ from the files. Block by block PyTorch gathers the weights when they are needed.
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from ditty.world import World
 
 log = logging.getLogger(__name__)
 
+READERS = 4  # weights that are read at once
 DORA_MAGNITUDE = ".lora_magnitude_vector"
 
 # A part of a weight: (elements [start, stop) of the flattened whole) -> their values
@@ -45,8 +47,10 @@ def load_sharded(folder: Path, spec: ModelSpec, train: TrainSpec, world: World) 
     module, files, read = empty_module(folder, spec, train, world, prepare)
     cut(base_model(module), spec, train, world)
     _to_empty(module, torch.device("cpu") if train.cpu_offload else world.device)
-    for name, parameter in module.named_parameters():
-        _fill(name, parameter, read)
+    with ThreadPoolExecutor(READERS, thread_name_prefix="ditty weights") as readers:
+        parameters = list(module.named_parameters())
+        for done in [readers.submit(_fill, name, p, read) for name, p in parameters]:
+            done.result()
     log.info("rank %d read %.1f MB of the weights", world.rank, files.bytes_read / 1e6)
     return module
 

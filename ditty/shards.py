@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from ditty.errors import StoreError
 from ditty.files import fsync_path, read_json, sha256_once, write_json
 from ditty.modelfolder import INDEX, WEIGHTS, tokenizer_files
+from ditty.readahead import Span, read_ahead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 256 << 20  # of one file; a larger piece gets a file of its own
@@ -40,12 +41,14 @@ class Piece:
         source_bytes, result_bytes: sizes on disk; the latter is exact or slightly too large.
         make: reads the source; the tensors to write, by name, on the CPU, none of them a view of
             another.
+        source: where the source's bytes lie, where that is known.
     """
 
     name: str
     source_bytes: int
     result_bytes: int
     make: Callable[[], Parts]
+    source: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,9 @@ def write_shards(pieces: Sequence[Piece], out: Path, progress: Progress | None =
     total = sum(piece.source_bytes for piece in pieces)
     done = total - sum(shard.source_bytes for shard in missing)
     with _Writer() as writer:
-        for shard in missing:
+        for number, shard in enumerate(missing):
+            soon = [piece for s in missing[number : number + 2] for piece in s.pieces]
+            read_ahead(piece.source for piece in soon if piece.source)
             content: Parts = {}
             for piece in shard.pieces:
                 content.update(piece.make())

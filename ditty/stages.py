@@ -24,7 +24,7 @@ VERSIONS = {
     "map": 1,
     "tokenize": 1,
     "pack": 1,
-    "prequantize": 2,
+    "prequantize": 3,
     "train": 2,
     "upload": 1,
     "evaluate": 1,

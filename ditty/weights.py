@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ class WeightFiles:
     def __init__(self, folder: Path, model: PreTrainedModel):
         self.folder, self.model = folder, model
         self.bytes_read = 0
+        self._lock = Lock()
         self.sources: dict[str, Source] = {}
         self.statistics: dict[str, list[tuple[Path, str]]] = {}
         self._find()
@@ -174,7 +176,7 @@ class WeightFiles:
             row = max(1, torch.Size(found[1:]).numel())
             first, last = start // row, -(-stop // row)
             rows = part[first:last].reshape(-1)
-            self.bytes_read += rows.nbytes
+            self._count(rows.nbytes)
             return rows[start - first * row : stop - first * row].clone()
 
     def read_statistics(self, name: str) -> dict[str, torch.Tensor]:
@@ -183,16 +185,20 @@ class WeightFiles:
         for file, key in self.statistics.get(name, ()):
             with safe_open(file, framework="pt") as opened:
                 value = opened.get_tensor(key).clone()
-            self.bytes_read += value.nbytes
+            self._count(value.nbytes)
             found[key.partition(".weight.")[2]] = value
         return found
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.bytes_read += size
 
     def _convert(self, source: Source) -> dict[str, torch.Tensor]:
         converter: Any = deepcopy(source.converter)
         for file, key, pattern in source.tensors:
             with safe_open(file, framework="pt") as opened:
                 value = opened.get_tensor(key).clone()
-            self.bytes_read += value.nbytes
+            self._count(value.nbytes)
             converter.add_tensor(source.target, key, pattern, value)
         config = self.model.config
         made = converter.convert(source.target, model=self.model, config=config)

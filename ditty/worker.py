@@ -20,6 +20,7 @@ from ditty.artifacts import Make, Store
 from ditty.choices import FinalWeights
 from ditty.errors import DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.files import read_json, write_json
+from ditty.readahead import read_folder_ahead
 from ditty.rundir import Result, RunDir, Status, write_result
 from ditty.spec import RunSpec
 
@@ -160,6 +161,8 @@ def _build(job: Job, stage: str, make: Make, *, resumable: bool = False) -> Resu
 
 def train(job: Job, attempt: Path) -> Result:
     """The `train` stage: all ranks run this."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        read_folder_ahead(job.model_dir)  # while the libraries are imported
     from ditty.world import join_world, leave_world
 
     world = join_world(
