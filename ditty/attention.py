@@ -8,12 +8,14 @@ On GPUs in half precision `varlen_attn` runs all documents in one call. Elsewher
 an ordinary causal attention: exact, and on CPUs far cheaper than N x N.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -21,6 +23,9 @@ from ditty.batches import Batch, flat_batch, to_device
 from ditty.errors import ModelError
 
 NAME = "ditty_packed"
+
+# Whether the kernel takes fewer heads of keys than of queries: not in every torch that we allow.
+TAKES_FEWER_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 # What architectures add to plain attention, and we do not compute.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -56,10 +61,6 @@ def packed_attention(
                 f"packed attention does not compute {name}, which this model uses. "
                 "Set model.attention: eager"
             )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key = key.repeat_interleave(groups, dim=1)
-        value = value.repeat_interleave(groups, dim=1)
     window = kwargs.get("sliding_window")
     scale, dropout = kwargs.get("scaling"), kwargs.get("dropout") or 0.0
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
@@ -73,21 +74,23 @@ def _varlen(
     key: torch.Tensor,
     value: torch.Tensor,
     boundaries: torch.Tensor,
-    options: tuple[int, int | None, float | None],
+    settings: tuple[int, int | None, float | None],
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    longest, window, scale = options
+    longest, window, scale = settings
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     # A window of W tokens includes the token itself; the kernel counts those to its left.
     size = (-1, 0) if window is None else (window - 1, 0)
-    out = varlen_attn(
-        q, k, v, boundaries, boundaries, longest, longest, scale=scale, window_size=size
-    )
+    options: dict[str, Any] = {"scale": scale, "window_size": size}
+    if TAKES_FEWER_KEYS:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **options)
     assert isinstance(out, torch.Tensor)
     return out[None]
 
 
+@torch.compiler.disable
 def _one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -96,9 +99,15 @@ def _one_by_one(
     options: tuple[float, int | None, float | None],
 ) -> torch.Tensor:
     dropout, window, scale = options
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
     ends = boundaries.tolist()
     outputs = []
     for start, end in zip(ends, ends[1:], strict=False):
+        if start == end:  # where boundaries are filled up
+            continue
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         mask = None
         if window is not None and end - start > window:

@@ -1,13 +1,30 @@
 """Batches without padding: documents of several rows laid end to end in one row of tokens."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 IGNORED = -100  # label of a token that is not supervised, as everywhere in transformers
 
 Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What no micro batch exceeds.
+
+    Attributes:
+        tokens: of all its documents.
+        documents: how many.
+        longest: tokens of its longest document.
+    """
+
+    tokens: int
+    documents: int
+    longest: int
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -18,6 +35,8 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     Returns:
         input_ids, position_ids, labels: int64 [1, N], N the sum of t; positions restart at 0
         with each document, and a document's first label is ignored (nothing predicts it);
+        predicts: int64 [P], the places whose next token is supervised; targets: int64 [P], those
+        tokens;
         cu_seqlens: int32 [documents + 1], where documents begin, and N;
         max_seqlen: int, tokens of the longest document.
     """
@@ -35,10 +54,14 @@ def flat_batch(ids: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor) -
     positions = torch.arange(ids.numel()) - torch.repeat_interleave(starts, lengths)
     labels = labels.clone()
     labels[starts] = IGNORED
+    # Here and not where the loss is: on a GPU, counting them would wait for all that is under way.
+    predicts = (labels[1:] != IGNORED).nonzero()[:, 0]
     return {
         "input_ids": ids[None],
         "position_ids": positions[None],
         "labels": labels[None],
+        "predicts": predicts,
+        "targets": labels[predicts + 1],
         "cu_seqlens": torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
         "max_seqlen": int(lengths.max()),
     }
@@ -63,6 +86,36 @@ def flatten(batch: Mapping[str, Any]) -> Batch:
     return flat_batch(ids[mask], labels[mask], lengths[lengths > 0])
 
 
+QUARTERS = 4  # sizes to which batches are filled up: as many parts of the largest
+
+
+def fill_up(batch: Batch, bounds: Bounds) -> Batch:
+    """`batch` with its sizes brought to one of QUARTERS, so that few programs serve all batches.
+
+    Tokens come behind the others, in documents of their own: no other one sees them, and none of
+    them is supervised. Boundaries are repeated up to a fixed number: empty documents.
+
+    Args:
+        bounds: what no batch exceeds.
+    """
+    tokens = batch["input_ids"].shape[1]
+    part = -(-bounds.tokens // QUARTERS)
+    missing = -(-tokens // part) * part - tokens
+    # Of a quarter at most, in documents of the longest's length, and a shorter one.
+    places = bounds.documents + part // bounds.longest + 2
+    extra = torch.arange(missing) % bounds.longest
+    ends = torch.arange(bounds.longest, max(missing, bounds.longest), bounds.longest) + tokens
+    boundaries = torch.cat([batch["cu_seqlens"], ends.to(torch.int32)])
+    boundaries = F.pad(boundaries, (0, places - boundaries.numel()), value=tokens + missing)
+    return batch | {
+        "input_ids": F.pad(batch["input_ids"], (0, missing)),
+        "position_ids": torch.cat([batch["position_ids"], extra[None]], dim=1),
+        "labels": F.pad(batch["labels"], (0, missing), value=IGNORED),
+        "cu_seqlens": boundaries,
+        "max_seqlen": bounds.longest,
+    }
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`."""
     return {
@@ -73,4 +126,4 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def supervised_tokens(batch: Batch) -> int:
     """Tokens of a flat batch that enter the loss."""
-    return int((batch["labels"] != IGNORED).sum())
+    return int(batch["targets"].numel())

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ditty.attention import generating
 from ditty.batches import IGNORED, collate, supervised_tokens, to_device
 from ditty.choices import Precision
+from ditty.compiled import as_it_stands
 from ditty.loss import token_loss_sum
 from ditty.world import World
 
@@ -60,7 +61,7 @@ def held_out_loss(
     for first in range(0, len(rows), world.world_size):
         index = first + world.rank
         batch = to_device(collate([rows[index if index < len(rows) else 0]]), world.device)
-        with autocast(world.device, precision):
+        with as_it_stands(), autocast(world.device, precision):
             loss = float(token_loss_sum(forward, model, batch))
         if index < len(rows):
             total += loss
@@ -78,7 +79,7 @@ def complete(
     tokenizer = held_out.tokenizer
     assert tokenizer is not None, "samples need a tokenizer"
     samples = []
-    with generating(model), autocast(device, precision):
+    with as_it_stands(), generating(model), autocast(device, precision):
         for row in islice(held_out.rows, held_out.num_samples):
             prompt, reference = first_prompt(row)
             ids = torch.tensor([prompt], device=device)

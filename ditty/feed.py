@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader
 
-from ditty.batches import Batch, collate, flatten
+from ditty.batches import Batch, Bounds, collate, flatten
 from ditty.choices import Sampling
 from ditty.errors import DataError
 from ditty.files import sha256_bytes
@@ -19,7 +19,13 @@ from ditty.world import World
 
 
 class Feed(Protocol):
-    """Micro batches by step; step s gives the same batches whenever it is asked for."""
+    """Micro batches by step; step s gives the same batches whenever it is asked for.
+
+    Attributes:
+        bounds: what no micro batch exceeds; None: unknown.
+    """
+
+    bounds: Bounds | None
 
     def total_steps(self, train: TrainSpec) -> int:
         """Optimizer steps of the whole training."""
@@ -35,10 +41,17 @@ class PackedFeed:
 
     Args:
         rows: a sequence of packed rows (tables of the `pack` stage).
+        bounds: see `Feed`.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], order: SampleOrder, split: BatchSplit):
-        self.rows, self.order, self.split = rows, order, split
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        order: SampleOrder,
+        split: BatchSplit,
+        bounds: Bounds | None = None,
+    ):
+        self.rows, self.order, self.split, self.bounds = rows, order, split, bounds
 
     def total_steps(self, train: TrainSpec) -> int:
         """`max_steps`, or as many as `epochs` passes take."""
@@ -59,7 +72,18 @@ def packed_feed(rows: Any, train: TrainSpec, world: World) -> PackedFeed:
     )
     lengths = row_lengths(rows) if train.sampling is Sampling.LENGTH_GROUPED else None
     order = SampleOrder(len(rows), split.global_batch_size, train.sampling, train.seed, lengths)
-    return PackedFeed(rows, order, split)
+    return PackedFeed(rows, order, split, row_bounds(rows, train.micro_batch_size))
+
+
+def row_bounds(rows: Any, together: int) -> Bounds:
+    """What no `together` rows of a `datasets.Dataset` exceed, from Arrow's offsets and lengths."""
+    import pyarrow.compute as pc
+
+    table = rows.with_format("arrow")[:]
+    tokens = pc.max(pc.list_value_length(table["input_ids"])).as_py() or 1
+    documents = pc.max(pc.list_value_length(table["lengths"])).as_py() or 1
+    longest = pc.max(pc.list_flatten(table["lengths"])).as_py() or 1
+    return Bounds(together * tokens, together * documents, longest)
 
 
 def row_lengths(rows: Any) -> np.ndarray:
@@ -83,6 +107,7 @@ class LoaderFeed:
         if len(loader) < 1:
             raise DataError("the DataLoader of dataset() is empty")
         self.loader, self.accumulation, self.world = loader, accumulation, world
+        self.bounds: Bounds | None = None
 
     def total_steps(self, train: TrainSpec) -> int:
         """`max_steps`, or as many as `epochs` passes take."""

@@ -209,6 +209,9 @@ class TrainSpec(Section):
     deterministic: bool = True
     """Kernels that add in a fixed order, so that a resume on GPUs is bitwise. Off is a little
     faster, and saves memory in fp32 or with `model.attention: sdpa`."""
+    compile: bool | None = None
+    """Compile the model's blocks (torch.compile). By default on GPUs, in bf16 and fp16, where the
+    model and the sharding allow it; the log says where not."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
     sampling: Sampling = Sampling.RANDOM

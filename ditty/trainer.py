@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ditty.attention import check_isolation
-from ditty.batches import Batch, supervised_tokens, to_device
+from ditty.batches import Batch, fill_up, supervised_tokens, to_device
 from ditty.checkpoint import Checkpointer
 from ditty.choices import FinalWeights
+from ditty.compiled import as_it_stands, compile_blocks
 from ditty.errors import RunError, SpecError
 from ditty.evaluate import HeldOut, autocast, complete, held_out_loss
 from ditty.feed import Feed
@@ -90,6 +91,7 @@ class Trainer:
         self.total_steps = feed.total_steps(train)
         choose_kernels(train.deterministic)
         self.parallel = make_parallel(module, train, self.world)
+        self.filled = compile_blocks(self.parallel.model, train, feed.bounds, self.world.device)
         self.isolated = False  # not yet seen that documents of a batch leave each other alone
         self.progress = Progress()
         self.loss_scale = LossScale.of(train.precision)
@@ -194,7 +196,7 @@ class Trainer:
         here = [float(tokens), float(signalled), float(asked), float(several)]
         total, signals, stops, packed = self.world.sum(here)
         if packed and not self.isolated:
-            with autocast(self.world.device, self.train.precision):
+            with as_it_stands(), autocast(self.world.device, self.train.precision):
                 check_isolation(self.parallel.forward, self.parallel.model, self.world.device)
             self.parallel.rest()
             self.isolated = True
@@ -210,6 +212,8 @@ class Trainer:
         scale = self.loss_scale.scale * self.world.world_size / max(tokens, 1)
         loss_sum = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for index, batch in enumerate(micro_batches):
+            if self.filled and self.feed.bounds is not None:
+                batch = fill_up(batch, self.feed.bounds)
             batch = to_device(batch, self.world.device)
             with autocast(self.world.device, self.train.precision):
                 loss = token_loss_sum(self.parallel.forward, self.parallel.model, batch)

@@ -327,7 +327,7 @@ class Spy:
     """A feed that remembers which rows each step took, and that stops or kills before a step."""
 
     def __init__(self, feed: Any, scenario: dict[str, Any]):
-        self.feed, self.seen = feed, {}
+        self.feed, self.seen, self.bounds = feed, {}, feed.bounds
         self.stop_before = scenario.get("stop_before")
         self.kill_before = scenario.get("kill_before")
 

@@ -1,0 +1,120 @@
+"""Decoder blocks compiled one by one, with sizes that stay: one program serves every block.
+
+The whole model in one program would take minutes to compile, and a size that changes from step to
+step would compile it anew each time; so batches are filled up to one of a few sizes
+(batches.fill_up). Evaluation and generation run as they stand.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ditty.batches import Bounds
+from ditty.choices import Precision, Sharding
+from ditty.errors import ModelError
+from ditty.skeleton import blocks
+from ditty.spec import TrainSpec
+
+log = logging.getLogger(__name__)
+
+# Programs for one block's code: sizes of batches, kinds of attention (sliding or not), layers with
+# and without something. Beyond it PyTorch would run blocks as they stand, and hardly say so.
+PROGRAMS = 32
+
+
+def compile_blocks(
+    model: PreTrainedModel, train: TrainSpec, bounds: Bounds | None, device: torch.device
+) -> bool:
+    """Compile the blocks of `model` in place, where `train.compile` says so and it can be done.
+
+    Args:
+        bounds: what no micro batch exceeds; None: unknown.
+    Returns:
+        whether they are compiled: then each batch must go through `fill_up`.
+    Raises:
+        ModelError: `train.compile` is true, and it cannot be done.
+    """
+    if train.compile is False:
+        return False
+    why = _why_not(model, train, bounds, device)
+    if why is not None and train.compile:
+        raise ModelError(f"train.compile is true, but {why}: remove it")
+    why = why or _why_not_unasked(train, device)
+    if why is not None and not train.compile:
+        log.info("blocks are not compiled: %s", why)
+        return False
+    _configure(train)
+    for block in blocks(model):
+        block.compile(dynamic=False)
+    log.info("blocks are compiled at the first step")
+    return True
+
+
+def _why_not_unasked(train: TrainSpec, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "they are on a CPU (train.compile: true does it there too)"
+    if train.precision is Precision.FP32:
+        return "train.precision: fp32 is for exact comparisons"
+    return None
+
+
+def _why_not(
+    model: PreTrainedModel, train: TrainSpec, bounds: Bounds | None, device: torch.device
+) -> str | None:
+    if train.sharding is Sharding.ZERO3:
+        return "DeepSpeed gathers weights in hooks that cannot be compiled"
+    if bounds is None:
+        return "batches of a DataLoader may have any size"
+    kinds = {type(module).__name__ for module in model.modules()}
+    if "Linear8bitLt" in kinds:
+        return "bitsandbytes' int8 layers cannot be compiled"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "a part of the model is on the host"
+    if any(p.ndim >= 3 for block in _blocks(model) for p in block.parameters()):
+        return "the sizes in a mixture of experts change with each batch"
+    if not _blocks(model):
+        return f"{type(model).__name__} names no blocks"
+    compiler = os.environ.get("CXX" if device.type == "cpu" else "CC") or "gcc"
+    if not any(shutil.which(name) for name in (compiler, "clang", "cc")):
+        return f"there is no C compiler ({compiler}): install gcc"
+    return None
+
+
+def _blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+    try:
+        return blocks(model)
+    except ModelError:
+        return []
+
+
+def _configure(train: TrainSpec) -> None:
+    import torch._dynamo
+    import torch._inductor.config as inductor
+
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, PROGRAMS)
+    # No kernel chosen by a stopwatch: another choice may add in another order.
+    inductor.deterministic = train.deterministic
+
+
+def programs() -> int:
+    """How many programs this process has compiled so far."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def as_it_stands() -> AbstractContextManager[Any]:
+    """Within the block nothing is compiled, and what is compiled runs as it stands."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
