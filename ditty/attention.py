@@ -61,6 +61,10 @@ def packed_attention(
                 f"packed attention does not compute {name}, which this model uses. "
                 "Set model.attention: eager"
             )
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary tables in fp32 (where the model is) leave query and key in fp32 and value not.
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     window = kwargs.get("sliding_window")
     scale, dropout = kwargs.get("scaling"), kwargs.get("dropout") or 0.0
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:

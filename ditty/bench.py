@@ -168,7 +168,27 @@ class _Measured(Trainer):
         super()._step(step, micro_batches, tokens)
         if self.profile is not None and step == WARM_STEPS + PROFILED - 1:
             self._profiler.stop()
-            self.profile.write_text(kernel_table(self._profiler, PROFILED))
+            text = kernel_table(self._profiler, PROFILED) + gap_table(self._profiler, PROFILED)
+            self.profile.write_text(text)
+
+
+def gap_table(profiler: Any, steps: int, rows: int = 12) -> str:
+    """Where the GPU waited for the CPU: milliseconds a step, between which kernels."""
+    cuda = torch.autograd.DeviceType.CUDA
+    found = [e for e in profiler.events() if e.device_type == cuda]
+    found.sort(key=lambda e: e.time_range.start)
+    gaps: list[tuple[float, str, str]] = []
+    end, before = (found[0].time_range.start, "") if found else (0.0, "")
+    for event in found:
+        if event.time_range.start > end:
+            gaps.append((event.time_range.start - end, before, event.name))
+        if event.time_range.end > end:
+            end, before = event.time_range.end, event.name
+    gaps.sort(reverse=True)
+    total = sum(gap for gap, *_ in gaps)
+    lines = [f"{total / steps / 1e3:9.2f} ms a step between kernels"]
+    lines += [f"{gap / 1e3:9.2f} ms  {a[:50]} -> {b[:50]}" for gap, a, b in gaps[:rows]]
+    return "\n".join(lines) + "\n"
 
 
 def kernel_table(profiler: Any, steps: int, rows: int = 40) -> str:

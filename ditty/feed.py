@@ -72,7 +72,9 @@ def packed_feed(rows: Any, train: TrainSpec, world: World) -> PackedFeed:
     )
     lengths = row_lengths(rows) if train.sampling is Sampling.LENGTH_GROUPED else None
     order = SampleOrder(len(rows), split.global_batch_size, train.sampling, train.seed, lengths)
-    return PackedFeed(rows, order, split, row_bounds(rows, train.micro_batch_size))
+    bounds = row_bounds(rows, train.micro_batch_size)
+    # As arrays: lists of Python numbers would take milliseconds a step.
+    return PackedFeed(rows.with_format("numpy"), order, split, bounds)
 
 
 def row_bounds(rows: Any, together: int) -> Bounds:

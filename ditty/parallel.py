@@ -8,7 +8,6 @@ Every strategy adds gradients up in the same order (over processes first, then o
 batches of a step), so that in fp32 they give the same numbers.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -325,20 +324,21 @@ class LossScale:
             self.scale, self.good_steps = self.scale * 2, 0
 
 
-def gradient_norm(parallel: Parallel, world: World) -> float:
-    """The L2 norm of the step's gradients over all processes.
+def squared_norm(parallel: Parallel) -> torch.Tensor:
+    """The squared L2 norm of the step's gradients, as far as they are this process's; fp64 scalar.
 
     In fp64, so that it does not depend on how the gradients are cut: the factor made of it, rounded
     to fp32, is the same for every strategy.
     """
     owned = [
-        torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        gradient
         for part, gradient in zip(parallel.parts, parallel.gradients(), strict=True)
         if part.owned and gradient.numel()
     ]
-    here = float(torch.stack(owned).square().sum()) if owned else 0.0
-    (total,) = world.sum([here])
-    return math.sqrt(total) if total >= 0 else math.nan
+    if not owned:
+        return torch.zeros((), dtype=torch.float64)
+    norms = torch._foreach_norm(owned, 2, dtype=torch.float64)
+    return torch.stack(norms).square().sum()
 
 
 def scale_gradients(parallel: Parallel, factor: float) -> None:

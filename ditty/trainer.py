@@ -20,7 +20,7 @@ from ditty.feed import Feed
 from ditty.heartbeat import Heartbeat
 from ditty.loss import token_loss_sum
 from ditty.optim import check_schedule, learning_rate
-from ditty.parallel import LossScale, gradient_norm, make_parallel, scale_gradients
+from ditty.parallel import LossScale, make_parallel, scale_gradients, squared_norm
 from ditty.progress import Progress
 from ditty.rng import choose_kernels, seed_all
 from ditty.rundir import RunDir, append_record
@@ -219,9 +219,11 @@ class Trainer:
                 loss = token_loss_sum(self.parallel.forward, self.parallel.model, batch)
             self.parallel.backward(loss * scale, index)
             loss_sum += loss.detach()
-        (total,) = self.world.sum([float(loss_sum)])
+        # One wait for the device, for all that the update depends on.
+        squares = squared_norm(self.parallel).to(loss_sum.device)
+        total, squared = self.world.sum(torch.stack([loss_sum, squares]).tolist())
         mean = total / max(tokens, 1)
-        norm = gradient_norm(self.parallel, self.world) / self.loss_scale.scale
+        norm = (math.sqrt(squared) if squared >= 0 else math.nan) / self.loss_scale.scale
         self._update(step, mean, norm, rate)
         seconds = time.perf_counter() - started
         self._record(step + 1, mean, rate, norm, (tokens, micro_batches, seconds))
