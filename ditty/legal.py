@@ -23,6 +23,7 @@ class Strategy:
     optimizer: Optimizer
     cpu_offload: bool
     gradient_checkpointing: bool
+    compile: bool | None
     world_size: int
     shard_size: int | None
 
@@ -44,6 +45,7 @@ class Strategy:
             train.optimizer,
             train.cpu_offload,
             train.gradient_checkpointing,
+            train.compile,
             world_size,
             shard_size,
         )
@@ -85,6 +87,20 @@ def problems(s: Strategy) -> Iterator[str]:
     yield from _memory_problems(s)
     yield from _model_problems(s)
     yield from _optimizer_problems(s)
+    yield from _compile_problems(s)
+
+
+def _compile_problems(s: Strategy) -> Iterator[str]:
+    if s.compile and s.sharding is Sharding.ZERO3:
+        yield (
+            "train.compile: true cannot follow the hooks by which train.sharding: zero3 gathers "
+            "weights; remove it, or use train.sharding: fsdp2"
+        )
+    if s.compile and s.quantization is Quantization.INT8:
+        yield (
+            "train.compile: true cannot compile the layers of model.quantization: int8; "
+            "remove it, or use quantization: fp8 or nf4"
+        )
 
 
 def _memory_problems(s: Strategy) -> Iterator[str]:

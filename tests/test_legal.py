@@ -86,7 +86,7 @@ def test_every_way_out_of_the_matrix_is_a_member_of_it():
             continue
         shard_size = 1 if sharding is Sharding.HYBRID else None
         values = (sharding, adapter, quantization, precision, optimizer)
-        strategy = Strategy(*values, False, False, 2, shard_size)
+        strategy = Strategy(*values, False, False, None, 2, shard_size)
         problems = list(legal.problems(strategy))
         (refused if problems else legal_ones).append(strategy)
         assert all("; use " in p or "; remove" in p or "; set " in p for p in problems), problems
