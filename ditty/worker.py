@@ -1,7 +1,7 @@
 """`python -m ditty.worker STAGE ATTEMPT`: one stage in a process of its own.
 
 Reads attempt/job.json, does the work, and leaves attempt/result.json: the meaning of its end.
-STAGE is `fetch` (convert a GGUF), `prequantize`, `train`, `evaluate` or `merge`.
+STAGE is `fetch` (convert a GGUF), `prequantize`, `train`, `evaluate`, `merge` or `bench`.
 """
 
 import dataclasses
@@ -152,6 +152,26 @@ def merge(job: Job, attempt: Path) -> Result:
     return _build(job, "merge", make, resumable=True)
 
 
+def bench(job: Job, attempt: Path) -> Result:
+    """The measurement that `ditty bench` asks for; all ranks run this."""
+    from ditty.benchmark import REPORT
+    from ditty.world import join_world, leave_world
+
+    launch = job.spec.launch
+    world = join_world(job.device, launch.world_size, launch.collective_timeout_seconds)
+    try:
+        if job.inputs["by"] == "trl":
+            from ditty.bench_trl import measure_trl as measure
+        else:
+            from ditty.bench import measure
+        found = measure(job.spec, job.inputs, job.home, world)
+        if world.main:
+            write_json(attempt / REPORT, found)
+    finally:
+        leave_world()
+    return Result(Status.OK)
+
+
 def _build(job: Job, stage: str, make: Make, *, resumable: bool = False) -> Result:
     base_model = job.spec.model.base_model
     facts: dict[str, Any] = {"stage": stage, "inputs": job.inputs, "base_model": base_model}
@@ -273,6 +293,7 @@ STAGES: dict[str, Callable[[Job, Path], Result]] = {
     "train": train,
     "evaluate": evaluate,
     "merge": merge,
+    "bench": bench,
 }
 
 

@@ -18,6 +18,7 @@ from ditty.choices import ExportTo, Precision, Quantization
 from ditty.errors import DittyError
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
+from flows.bench_command import bench
 from flows.serve_command import deploy, serve
 from flows.watch_commands import logs, status
 
@@ -257,6 +258,7 @@ COMMANDS = (
     refresh,
     export,
     quantize,
+    bench,
     lineage,
     serve,
     deploy,
