@@ -15,8 +15,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -39,6 +41,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama_untied": tiny_config(tie_word_embeddings=False, attention_bias=True),
     "gpt_neox": GPTNeoXConfig(**SMALL, **HEADS, intermediate_size=128, tie_word_embeddings=False),
     "qwen3": Qwen3Config(**SMALL, **HEADS, intermediate_size=128, num_key_value_heads=2),
+    "gemma": GemmaConfig(
+        **SMALL, **HEADS, intermediate_size=128, num_key_value_heads=2, head_dim=16
+    ),
+    "mistral": MistralConfig(
+        **SMALL, **HEADS, intermediate_size=128, num_key_value_heads=2, sliding_window=8
+    ),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=64, n_layer=2, n_head=4),
 }
 
