@@ -1,9 +1,10 @@
 """Base models: what one is, where its files are, and whether it fits the spec. Imports no torch.
 
 A base model is named in one of three ways. A folder with config.json and safetensors is used where
-it stands. A .gguf file is dequantized once, by `ditty.convert` in a process of its own, into
-store/fetch/<key>. Anything else is an id of the Hugging Face hub, of which one commit is
-downloaded into the hub's own cache. All three end as a folder that `from_pretrained` reads.
+it stands; one with .bin files in their place, and a .gguf file, are converted once, by
+`ditty.unpickle` or `ditty.convert` in a process of its own, into store/fetch/<key>. Anything else
+is an id of the Hugging Face hub, of which one commit is downloaded into the hub's own cache. All
+end as a folder that `from_pretrained` reads.
 """
 
 import difflib
@@ -17,7 +18,7 @@ from ditty import hub
 from ditty.artifacts import Store
 from ditty.errors import ModelError, SpecError
 from ditty.files import canonical_json, sha256_bytes, sha256_once
-from ditty.modelfolder import check_folder, folder_digest, tokenizer_digest
+from ditty.modelfolder import check_folder, folder_digest, pickled_files, tokenizer_digest
 
 __all__ = [
     "BaseModelRef",
@@ -30,7 +31,6 @@ __all__ = [
     "tokenizer_digest",
 ]
 
-GGUF_VERSION = 1  # of what convert_gguf makes of the same bytes; part of the key
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -39,7 +39,17 @@ class Kind(StrEnum):
 
     HUB = "hub"
     FOLDER = "folder"
+    PICKLED = "pickled"
     GGUF = "gguf"
+
+    @property
+    def converted(self) -> bool:
+        """Whether what is used is made of it, once."""
+        return self in CONVERSIONS
+
+
+# Versions of what the conversions make of the same bytes, part of the key.
+CONVERSIONS = {Kind.GGUF: {"gguf_version": 1}, Kind.PICKLED: {"pickled_version": 1}}
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,9 @@ def identify(base_model: str, revision: str | None = None) -> BaseModelRef:
             )
         path = path.absolute()
         if path.is_dir():
-            return BaseModelRef(str(path), Kind.FOLDER, {"content": folder_digest(path)})
+            identity = {"content": folder_digest(path)}
+            kind = Kind.PICKLED if pickled_files(path) else Kind.FOLDER
+            return BaseModelRef(str(path), kind, identity)
         if not path.is_file():
             raise ModelError(_unknown_path(base_model))
         return BaseModelRef(str(path), Kind.GGUF, {"sha256": sha256_once(path)})
@@ -95,7 +107,7 @@ def identify(base_model: str, revision: str | None = None) -> BaseModelRef:
 
 def key(ref: BaseModelRef) -> str:
     """The content key of the ready folder, hex SHA-256; the same for the same files."""
-    made_by = {"gguf_version": GGUF_VERSION} if ref.kind is Kind.GGUF else {}
+    made_by = CONVERSIONS.get(ref.kind, {})
     return sha256_bytes(
         canonical_json({"stage": "fetch", "kind": ref.kind, "identity": ref.identity, **made_by})
     )
@@ -104,12 +116,12 @@ def key(ref: BaseModelRef) -> str:
 def locate(ref: BaseModelRef, store: Store) -> Path | None:
     """The folder that from_pretrained can read, or None where it must be fetched first.
 
-    Of a .gguf file it is the verified conversion in the store, of a hub model the complete local
+    Of what is converted it is the verified result in the store, of a hub model the complete local
     snapshot.
     """
     if ref.kind is Kind.FOLDER:
         return Path(ref.name)
-    if ref.kind is Kind.GGUF:
+    if ref.kind.converted:
         found = store.find("fetch", key(ref))
         return store.path("fetch", key(ref)) if found else None
     return hub.snapshot(ref.name, ref.identity["commit"])

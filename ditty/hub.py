@@ -87,7 +87,13 @@ def download(repo: str, commit: str, revision: str | None = None) -> Path:
         raise RemoteError(
             f"cannot download {repo} at {commit} from the hub: {_brief(error)}"
         ) from error
-    weight_files(Path(folder))
+    try:
+        weight_files(Path(folder))
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. If {repo} has .bin files in their place: `hf download {repo} --local-dir "
+            "DIR`, and model.base_model: DIR, converts them once"
+        ) from error
     _remember(repo, revision, commit)
     return Path(folder)
 

@@ -12,6 +12,8 @@ from ditty.files import canonical_json, read_json, sha256_bytes, sha256_once
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
 TOKENIZER = (
     *VOCABULARY,
@@ -29,28 +31,43 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that from_pretrained would read, in a fixed order.
 
     Raises:
-        ModelError: there are none (names .bin files, if those are there), or a shard is missing.
+        ModelError: there are none, or a shard is missing.
     """
     if (folder / WEIGHTS).is_file():  # first, as transformers does
         return [folder / WEIGHTS]
     index = _read_config(folder / INDEX) if (folder / INDEX).is_file() else None
     if index is None:
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        hint = (
-            f"it holds {pickled[0]}, a pickle, which can run code: load the model once with "
-            "transformers and save_pretrained it, which writes safetensors"
-            if pickled
-            else "a folder of a base model holds config.json, safetensors and a tokenizer"
+        raise ModelError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}; "
+            "a folder of a base model holds config.json, safetensors and a tokenizer"
         )
-        raise ModelError(f"{folder} has neither {WEIGHTS} nor {INDEX}; {hint}")
+    return _indexed(folder, INDEX, index)
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    """The .bin files of a folder that has no safetensors, in a fixed order; else none.
+
+    Raises:
+        ModelError: a shard is missing.
+    """
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return []
+    if (folder / PICKLED).is_file():
+        return [folder / PICKLED]
+    if not (folder / PICKLED_INDEX).is_file():
+        return []
+    return _indexed(folder, PICKLED_INDEX, _read_config(folder / PICKLED_INDEX))
+
+
+def _indexed(folder: Path, index_name: str, index: dict[str, Any]) -> list[Path]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{folder / INDEX} has no weight_map")
+        raise ModelError(f"{folder / index_name} has no weight_map")
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ModelError(
-                f"{folder / name} is named in {INDEX} and is not there: "
+                f"{folder / name} is named in {index_name} and is not there: "
                 "the download or copy is incomplete, repeat it"
             )
     return [folder / name for name in names]
@@ -84,7 +101,7 @@ def folder_digest(folder: Path) -> str:
     """Hex digest of all files of a folder that change what is loaded from it.
 
     Those are the weights and their index, configuration, tokenizer and code; not README, logs or
-    weights in other formats.
+    weights in other formats, unless there are only those.
 
     Raises:
         ModelError: no config.json, weights or tokenizer.
@@ -96,8 +113,10 @@ def folder_digest(folder: Path) -> str:
             f"{folder} has no config.json{hint}: "
             "expected a folder written by save_pretrained, or a snapshot of a hub model"
         )
-    others = _matching(folder, ("config.json", "generation_config.json", "*.py", INDEX))
-    return _digest_of([*weight_files(folder), *tokenizer_files(folder), *others])
+    pickled = pickled_files(folder)
+    index = PICKLED_INDEX if pickled else INDEX
+    others = _matching(folder, ("config.json", "generation_config.json", "*.py", index))
+    return _digest_of([*(pickled or weight_files(folder)), *tokenizer_files(folder), *others])
 
 
 def check_folder(folder: Path, seq_len: int | None = None, *, quantize: bool = False) -> None:

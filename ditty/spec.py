@@ -126,7 +126,8 @@ class ModelSpec(Section):
     """The base model and what is trained of it."""
 
     base_model: str
-    """A hub model, a folder with safetensors, or a .gguf file (dequantized once)."""
+    """A hub model, a folder with safetensors (or .bin files, converted once), or a .gguf file
+    (dequantized once)."""
     revision: str | None = None
     """Commit, branch or tag of a hub model; resolved to a commit."""
     adapter: Adapter = Adapter.LORA

@@ -93,6 +93,7 @@ class Trainer:
         self.parallel = make_parallel(module, train, self.world)
         self.filled = compile_blocks(self.parallel.model, train, feed.bounds, self.world.device)
         self.isolated = False  # not yet seen that documents of a batch leave each other alone
+        self.waited = 0.0  # seconds for the data of the step
         self.progress = Progress()
         self.loss_scale = LossScale.of(train.precision)
         self.checkpointer = Checkpointer(
@@ -159,7 +160,9 @@ class Trainer:
         steps = self.feed.steps(step)
         while step < self.total_steps and not self._out_of_patience():
             self.beat("data", step)
+            asked = time.perf_counter()
             micro_batches = next(steps)
+            self.waited = time.perf_counter() - asked
             tokens, stop = self._agree(micro_batches, bool(signalled))
             if stop:
                 if saved < step:
@@ -268,6 +271,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "memory_bytes": memory_bytes(self.world.device),
             "seconds": seconds,
+            "data_seconds": self.waited,
             "time": time.time(),
         }
         append_record(self.run.metrics_file, record)

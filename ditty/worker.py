@@ -1,7 +1,8 @@
 """`python -m ditty.worker STAGE ATTEMPT`: one stage in a process of its own.
 
 Reads attempt/job.json, does the work, and leaves attempt/result.json: the meaning of its end.
-STAGE is `fetch` (convert a GGUF), `prequantize`, `train`, `evaluate`, `merge` or `bench`.
+STAGE is `fetch` (convert a GGUF or .bin files), `prequantize`, `train`, `evaluate`, `merge` or
+`bench`.
 """
 
 import dataclasses
@@ -83,7 +84,14 @@ class Shown:
 
 
 def convert(job: Job, attempt: Path) -> Result:
-    """The `fetch` stage of a GGUF file."""
+    """The `fetch` stage of a GGUF file, or of a folder with .bin files."""
+    if job.model_dir.is_dir():
+        from ditty.unpickle import convert_pickled
+
+        def make(out: Path) -> dict[str, Any]:
+            return convert_pickled(job.model_dir, out, Shown("converted"))
+
+        return _build(job, "fetch", make, resumable=True)
     from ditty.convert import convert_gguf
 
     return _build(job, "fetch", lambda out: convert_gguf(job.model_dir, out))

@@ -104,7 +104,7 @@ def fetched(call: Caller, line: StageLine, resolve: Resolve = stages.resolve) ->
     ref = line.only("fetch")
     if ref is None:
         return line
-    if line.base.kind == "gguf":
+    if line.base.kind.converted:
         call.cached(tasks.make_model, ref, Work(call.spec, call.store, Path(line.base.name)))
     elif line.model_dir is None:
         call(tasks.fetch_hub, ref, line.base, call.store)

@@ -77,7 +77,7 @@ def test_gguf_key_follows_the_converters_version(
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     refs = [identify(str(tmp_path / "tiny.gguf")), identify(str(folder))]
     before = [key(ref) for ref in refs]
-    monkeypatch.setattr(basemodel, "GGUF_VERSION", 99)
+    monkeypatch.setitem(basemodel.CONVERSIONS, Kind.GGUF, {"gguf_version": 99})
     assert [key(ref) != old for ref, old in zip(refs, before, strict=True)] == [True, False]
 
 

@@ -9,7 +9,13 @@ import pytest
 
 from ditty import files
 from ditty.errors import ModelError, SpecError
-from ditty.modelfolder import check_folder, folder_digest, tokenizer_digest, weight_files
+from ditty.modelfolder import (
+    check_folder,
+    folder_digest,
+    pickled_files,
+    tokenizer_digest,
+    weight_files,
+)
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512}
 
@@ -126,10 +132,21 @@ def test_missing_shard(folder: Path, name: str) -> None:
         weight_files(folder)
 
 
-def test_pickled_weights_only(folder: Path) -> None:
+def test_pickled_weights(folder: Path) -> None:
+    assert pickled_files(folder) == []
+    (folder / "pytorch_model.bin").write_bytes(b"in the way")
+    assert pickled_files(folder) == []  # safetensors count
+    with_both = folder_digest(folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="pytorch_model.bin, a pickle.*save_pretrained"):
+    assert pickled_files(folder) == [folder / "pytorch_model.bin"]
+    assert folder_digest(folder) != with_both
+    with pytest.raises(ModelError, match=r"has neither model.safetensors nor"):
         check_folder(folder)
+    (folder / "pytorch_model.bin").rename(folder / "one.bin")
+    index = {"weight_map": {"a": "one.bin", "b": "two.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="two.bin is named in .* not there"):
+        pickled_files(folder)
 
 
 # --- check_folder ---------------------------------------------------------------------------------

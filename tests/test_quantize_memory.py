@@ -29,12 +29,14 @@ pytestmark = pytest.mark.slow
 SHAPE = Shape(2048, 16, 8192, 32, 8, 32000, tied=True)  # 1.04 billion weights
 OVER_IMPORTS = 500_000_000
 KILLS = 10
+SMALL_SHARD_BYTES = 16 << 20  # for the kills: some 40 shards
 
 CHILD = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from ditty.artifacts import Store
 from ditty.choices import Quantization
+from ditty import shards
 import ditty.quantize, bitsandbytes, transformers, accelerate
 from transformers import LlamaForCausalLM, BitsAndBytesConfig
 
@@ -42,12 +44,15 @@ def peak():
     text = Path("/proc/self/status").read_text()
     return int(next(x.split()[1] for x in text.splitlines() if x.startswith("VmHWM:"))) * 1024
 
-source, home = map(Path, sys.argv[1:])
-before = peak()
+source, home = map(Path, sys.argv[1:3])
+shards.SHARD_BYTES = int(sys.argv[3])
+before, started = peak(), time.perf_counter()
 print("ready", flush=True)
 make = lambda out: ditty.quantize.quantize(source, out, Quantization.NF4, "bfloat16")
 manifest = Store(home).build("prequantize", "key", {}, make, resumable=True)
-print(json.dumps({"imports": before, "peak": peak(), "digest": manifest.digest}))
+seconds = time.perf_counter() - started
+found = {"imports": before, "peak": peak(), "digest": manifest.digest, "seconds": seconds}
+print(json.dumps(found))
 """
 
 
@@ -58,8 +63,8 @@ def source(tmp_path_factory):
     return folder
 
 
-def start(source: Path, home: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", CHILD, str(source), str(home)]
+def start(source: Path, home: Path, shard_bytes: int) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", CHILD, str(source), str(home), str(shard_bytes)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -72,9 +77,8 @@ def finish(process: "subprocess.Popen[str]") -> dict:
 def test_memory_bits_and_ten_kills(source, tmp_path, capsys):
     size = sum(f.stat().st_size for f in source.glob("*.safetensors"))
     assert size > 2e9
-    started = time.perf_counter()
-    undisturbed = finish(start(source, tmp_path / "undisturbed"))
-    seconds = time.perf_counter() - started
+    undisturbed = finish(start(source, tmp_path / "undisturbed", SHARD_BYTES))
+    seconds = undisturbed["seconds"]
     grown = undisturbed["peak"] - undisturbed["imports"]
     largest = max(header.span.size for header in headers(source))
     with capsys.disabled():
@@ -85,22 +89,24 @@ def test_memory_bits_and_ten_kills(source, tmp_path, capsys):
         )
     assert grown <= OVER_IMPORTS + largest + SHARD_BYTES
 
+    small = finish(start(source, tmp_path / "small", SMALL_SHARD_BYTES))
     chance = random.Random(0)
     part = tmp_path / "killed/store/prequantize/.part-key"
     stands: dict[str, tuple[int, int]] = {}
     for _ in range(KILLS):
-        process = start(source, tmp_path / "killed")
+        process = start(source, tmp_path / "killed", SMALL_SHARD_BYTES)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(chance.uniform(0, seconds / KILLS))
+        time.sleep(chance.uniform(0, 2 * seconds / KILLS))
         process.kill()
         assert process.wait() == -signal.SIGKILL
         now = stamps(part)
         assert now.items() >= stands.items(), "a shard that stood was written again"
         stands = now
-    killed = finish(start(source, tmp_path / "killed"))
+    killed = finish(start(source, tmp_path / "killed", SMALL_SHARD_BYTES))
     made = Store(tmp_path / "killed").path("prequantize", "key")
     assert stamps(made).items() >= stands.items()
-    assert killed["digest"] == undisturbed["digest"] == verify(made).digest
+    assert len(stands) > KILLS / 2
+    assert killed["digest"] == small["digest"] == verify(made).digest
     with capsys.disabled():
         print(f"{KILLS} kills: {len(stands)} of {len(stamps(made))} shards stood at the last start")
 
