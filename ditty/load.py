@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ditty import fp8
 from ditty.choices import Adapter, Quantization, Sharding
 from ditty.errors import ModelError
 from ditty.model import load_base, prepare_model, reason
@@ -18,8 +19,10 @@ def load_module(folder: Path, spec: ModelSpec, train: TrainSpec, world: World) -
     Args:
         folder: config.json and safetensors; quantized by ditty.quantize where `spec` says so.
     Raises:
-        ModelError: the folder does not fit the spec.
+        ModelError: the folder does not fit the spec, or the GPU does not.
     """
+    if spec.quantization is Quantization.FP8:
+        fp8.check_device(world.device)
     if train.sharding in (Sharding.FSDP2, Sharding.HYBRID):
         from ditty.sharded import load_sharded
 
@@ -59,6 +62,8 @@ def load_trained(
     Raises:
         ModelError: a folder does not fit the spec.
     """
+    if spec.quantization is Quantization.FP8:
+        fp8.check_device(device)
     if trained is not None and spec.adapter is Adapter.NONE:
         return _base(trained, spec, train, device).eval()
     base = _base(folder, spec, train, device)

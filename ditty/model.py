@@ -48,7 +48,6 @@ def load_base(
     """
     options = dict(places or {"device_map": {"": device}})
     if spec.quantization is Quantization.FP8:
-        fp8.check_device(device)
         options["config"] = fp8.loading_config(folder, spec.trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
