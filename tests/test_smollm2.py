@@ -133,6 +133,7 @@ def test_logits_of_a_float8_base(tmp_path, capsys):
     with capsys.disabled():
         print(
             f"\nfloat8 SmolLM2: divergence {divergence:.4f} nats, "
-            f"loss {before:.4f} to {after:.4f}, logits {apart:.3f} apart (relative norm), {same:.1%} the same first choice"
+            f"loss {before:.4f} to {after:.4f}, "
+            f"logits {apart:.3f} apart (relative norm), {same:.1%} the same first choice"
         )
     assert divergence < 0.05 and abs(after / before - 1) < 0.015
