@@ -21,28 +21,10 @@ import sys
 import time
 from pathlib import Path
 
-SHAPES = {
-    "tiny": (256, 4, 512, 4, 2048),
-    "1b": (2048, 16, 8192, 8, 128256),
-    "8b": (4096, 32, 14336, 8, 128256),
-    "70b": (8192, 80, 28672, 8, 128256),
-}  # hidden, layers, intermediate, key-value heads, vocabulary
+from ditty.shapes import SHAPES
+
 SOURCE_SHARD_BYTES = 4 << 30
 TOKENS = 2048
-
-
-def config(size):
-    from transformers import LlamaConfig
-
-    hidden, layers, inner, kv_heads, vocabulary = SHAPES[size]
-    return LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner,
-        num_attention_heads=hidden // (64 if size in ("tiny", "1b") else 128),
-        num_key_value_heads=kv_heads if size != "tiny" else 2,
-        vocab_size=vocabulary, tie_word_embeddings=size in ("tiny", "1b"),
-        max_position_embeddings=8192, rope_theta=500000.0, dtype="bfloat16",
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
 
 
 def draw(shape, name, device):
@@ -60,14 +42,18 @@ def draw(shape, name, device):
 def write_model(folder, size, device, *, empty):
     """The files of a checkpoint; `empty`: headers and holes, which take no disk."""
     import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from ditty.bench import draw_model
     from tests.tiny import make_tokenizer
 
+    if not empty:
+        draw_model(SHAPES[size], folder, torch.device(device))
+        return
     folder.mkdir(parents=True)
+    config = LlamaConfig(**SHAPES[size].config())
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config(size))
+        model = AutoModelForCausalLM.from_config(config)
     groups, room = [], 0
     for name, parameter in model.named_parameters():
         need = parameter.numel() * 2
@@ -80,18 +66,11 @@ def write_model(folder, size, device, *, empty):
     for number, group in enumerate(groups, 1):
         file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         index.update({name: file.name for name, _ in group})
-        if empty:
-            _write_hole(file, group)
-        else:
-            made = {n: draw(s, n, device).cpu() for n, s in group}
-            save_file(made, file, metadata={"format": "pt"})
-            del made
+        _write_hole(file, group)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": index})
     )
-    settings = config(size)
-    settings.architectures = ["LlamaForCausalLM"]
-    settings.save_pretrained(folder)
+    config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
 
@@ -214,7 +193,7 @@ def job_step(args):
     )
     module = _transformers_module(args) if peer else load_module(args.out, spec, train, world)
     loaded = since_start()
-    ids = torch.randint(3, 2000, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 300, (TOKENS,), generator=torch.Generator().manual_seed(0))
     batch = to_device(flat_batch(ids, ids, torch.tensor([TOKENS])), world.device)
     parallel = make_parallel(module, train, world)
     with autocast(world.device, Precision.BF16):
