@@ -184,7 +184,9 @@ def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     found: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if type(module).__name__ in names and not inside:
+        # Its class, or the one that FSDP2 has made a subclass of.
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if kinds & names and not inside:
             found[name] = module
     if not found:
         raise ModelError(

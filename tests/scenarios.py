@@ -47,7 +47,8 @@ def launch(path: Path, scenarios: list[dict[str, Any]], device: str = "cpu") -> 
 
     A scenario: name, processes, model_dir, data_dir, home (its run directory); optional: model and
     train (keys of the spec), stop_before and kill_before (steps), evaluate (bool), save (folder for
-    the result), weights (file for the trained weights), fail_save ({rank, step, how}: `error` or
+    the result), weights (file for the trained weights), backend (torch.compile's, where blocks are
+    compiled), fail_save ({rank, step, how}: `error` or
     `kill` while that rank writes the checkpoint of that step), error (the DittyError that ends it
     on all ranks), signals (that end the ranks; 0: none).
     """
@@ -195,6 +196,7 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from ditty import errors
+    from ditty.compiled import programs
     from ditty.data import read_rows
     from ditty.feed import packed_feed
     from ditty.load import load_module
@@ -204,6 +206,8 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
     from ditty.spec import ModelSpec, TrainSpec
     from ditty.trainer import Place, Trainer
 
+    if scenario.get("backend"):
+        _compile_by(scenario["backend"])
     model_dir, data_dir = Path(scenario["model_dir"]), Path(scenario["data_dir"])
     model = ModelSpec(base_model=str(model_dir), **scenario.get("model", {}))
     train = TrainSpec(**scenario["train"])
@@ -251,6 +255,7 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
         "checkpoints": run_dir.committed_steps(),
         "best_step": trainer.progress.best_step,
         "loss_scale": trainer.loss_scale.scale,
+        "programs": programs(),
     }
     if hasattr(trainer.parallel, "engine"):
         trainer.parallel.engine.destroy()  # DeepSpeed's buffers, for the next scenario's sake
@@ -268,6 +273,15 @@ def _held_out(scenario: dict[str, Any], rows: Any, train: Any) -> Any:
         return HeldOut(rows)
     tokenizer = AutoTokenizer.from_pretrained(scenario["model_dir"])
     return HeldOut(rows, tokenizer, train.num_samples, train.sample_max_tokens)
+
+
+def _compile_by(backend: str) -> None:
+    """Let blocks be compiled by another backend than inductor, which takes minutes on CPUs."""
+    import functools
+
+    import torch
+
+    torch.compile = functools.partial(torch.compile, backend=backend)
 
 
 def _fail_save(failure: dict[str, Any]) -> None:

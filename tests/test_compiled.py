@@ -11,17 +11,19 @@ from torch.utils.data import DataLoader
 from ditty import compiled
 from ditty.attention import forward_kwargs
 from ditty.batches import QUARTERS, Bounds, collate, fill_up
-from ditty.choices import Precision
+from ditty.choices import Precision, Quantization
 from ditty.data import read_rows
 from ditty.errors import ModelError
 from ditty.feed import LoaderFeed, packed_feed, row_bounds
 from ditty.legal import Strategy, problems
 from ditty.load import load_module
 from ditty.model import load_base
+from ditty.quantize import quantize
 from ditty.rundir import RunDir
 from ditty.spec import ModelSpec, RunSpec, TrainSpec
 from ditty.trainer import Place, Trainer
 from ditty.world import single
+from tests import scenarios
 from tests.tables_for_tests import write_rows
 from tests.tiny import make_model_folder, random_rows
 
@@ -40,10 +42,7 @@ def root(tmp_path_factory):
 def without_inductor(monkeypatch):
     """Traced and differentiated as always, without minutes of a C++ compiler."""
     torch._dynamo.reset()
-    plain = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", functools.partialmethod(plain, backend="aot_eager")
-    )
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 def train_on(root: Path, home: Path, *, stop_before: int | None = None, **keys):
@@ -171,3 +170,30 @@ def test_what_cannot_be_compiled_is_refused_by_the_spec(section, key, value, mat
         RunSpec.model_validate(spec)
     spec["train"]["compile"] = None
     assert not list(problems(Strategy.of(RunSpec.model_validate(spec))))
+
+
+def test_two_processes_with_cut_and_recomputed_blocks(root, tmp_path):
+    """FSDP2 names a block's class anew, and recomputation goes around what is compiled."""
+    (tmp_path / "nf4").mkdir()
+    quantize(root / "model", tmp_path / "nf4", Quantization.NF4, "float32")
+    write_rows(tmp_path / "data" / "train.arrow", random_rows(16))
+    write_rows(tmp_path / "data" / "eval.arrow", random_rows(2, seed=1))
+    train = {
+        "max_steps": 4, "precision": "fp32", "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "save_steps": 4,
+    }  # fmt: skip
+    changes = {
+        "plain": {"sharding": "ddp"},
+        "compiled": {"sharding": "fsdp2", "compile": True, "gradient_checkpointing": True},
+    }
+    jobs = [
+        scenarios.job(
+            tmp_path, name, {"lora_r": 4, "quantization": "nf4"}, {**train, **change},
+            model_dir=str(tmp_path / "nf4"), backend="aot_eager",
+        )
+        for name, change in changes.items()
+    ]  # fmt: skip
+    results = scenarios.launch(tmp_path / "job", jobs)
+    assert results["plain"]["programs"] == 0 and results["compiled"]["programs"] > 0
+    plain, found = ([float.fromhex(x) for x in results[n]["losses"]] for n in changes)
+    assert len(found) == 4 and found == pytest.approx(plain, rel=1e-6)
