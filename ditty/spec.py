@@ -30,6 +30,12 @@ from ditty.choices import (
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
+def _keep_order(schema: dict[str, Any]) -> None:
+    """Say where each key stands: PostgreSQL keeps a schema's keys sorted by their length."""
+    for position, key in enumerate(schema.get("properties", {}).values()):
+        key["position"] = position
+
+
 class Section(BaseModel):
     """A part of the spec: immutable, and a key it does not know is an error."""
 
@@ -39,6 +45,7 @@ class Section(BaseModel):
         extra="forbid",
         use_attribute_docstrings=True,
         field_title_generator=lambda name, _: name,
+        json_schema_extra=_keep_order,
     )
 
 

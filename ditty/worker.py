@@ -343,6 +343,8 @@ def main(arguments: list[str]) -> int:
     """Run one stage; the exit code is 0 unless it failed."""
     stage, attempt = arguments[0], Path(arguments[1])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # It warns of a kernel for inference on CPUs that it did not find, as if that were missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # libraries to their callers, not to users
     try:
         result = STAGES[stage](Job.read(attempt), attempt)

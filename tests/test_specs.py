@@ -114,6 +114,8 @@ def test_the_schema_has_a_description_for_every_key():
     """It is the form in Prefect's UI."""
     schema = parse_spec(MINIMAL).model_json_schema()
     for name, section in {"RunSpec": schema, **schema["$defs"]}.items():
+        keys = section.get("properties", {}).values()  # PostgreSQL does not keep their order
+        assert [key["position"] for key in keys] == list(range(len(keys)))
         assert section.get("description"), name
         for key, field in section.get("properties", {}).items():
             assert field.get("description") or "$ref" in field, f"{name}.{key}"
