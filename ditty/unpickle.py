@@ -5,7 +5,6 @@ tensors and refuses everything else; mapped, it takes memory for no more than wh
 Files from before PyTorch 1.6 cannot be mapped, and are in memory whole, one at a time.
 """
 
-import pickle
 import shutil
 import zipfile
 from functools import partial
@@ -57,7 +56,9 @@ def _open(file: Path) -> dict[str, torch.Tensor]:
     mapped = zipfile.is_zipfile(file)
     try:
         found = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a foreign file: unpickling raises whatever it meets
         first = str(error).strip().splitlines()[0] if str(error).strip() else "(no message)"
         raise ModelError(
             f"{file} cannot be read as weights alone: {type(error).__name__}: {first}. It is "

@@ -250,7 +250,7 @@ def _places_section(run: RunDir, upload_url: str | None) -> str:
     ]
     if upload_url:
         lines.append(f"- copied to: {code(f'{upload_url}/{run.root.name}')}")
-    lines.append(f"- {lineage_link(run.root.name)}, once it is trained")
+    lines.append(f"- {lineage_link(run.root.name)}, written at the end")
     return "## Checkpoints\n\n" + "\n".join(lines)
 
 
