@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ditty.choices import Adapter, Quantization
+from ditty.choices import Adapter, Precision, Quantization
 from ditty.compiled import programs
 from ditty.feed import PackedFeed, packed_feed
 from ditty.load import load_module
@@ -34,19 +34,24 @@ PROFILED_STEPS = 2
 SHORTEST = 64  # tokens of a document, where rows hold several
 
 
+def draw(size: torch.Size, seed: int, device: torch.device) -> torch.Tensor:
+    """A bf16 weight on `device`: normal of 0.02, a norm's 1; the same each time."""
+    if len(size) == 1:
+        return torch.ones(size, dtype=torch.bfloat16, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = torch.randn(size, generator=generator, dtype=torch.bfloat16, device=device)
+    return drawn * 0.02
+
+
 def draw_model(shape: Shape, folder: Path, device: torch.device) -> None:
-    """Write a folder of random bf16 weights: normal of 0.02, norms 1; the same each time."""
+    """Write a folder of random bf16 weights; see `draw`."""
     config = LlamaConfig(**shape.config())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
 
     def piece(name: str, size: torch.Size, number: int) -> Piece:
         def make() -> dict[str, torch.Tensor]:
-            if len(size) == 1:
-                return {name: torch.ones(size, dtype=torch.bfloat16)}
-            generator = torch.Generator(device).manual_seed(number)
-            drawn = torch.randn(size, generator=generator, dtype=torch.bfloat16, device=device)
-            return {name: (drawn * 0.02).cpu()}
+            return {name: draw(size, number, device).cpu()}
 
         return Piece(name, 2 * size.numel(), 2 * size.numel(), make)
 
@@ -57,9 +62,11 @@ def draw_model(shape: Shape, folder: Path, device: torch.device) -> None:
     config.save_pretrained(folder)  # last: who finds it finds all
 
 
-def model_folder(name: str, spec: RunSpec, home: Path, world: World) -> Path:
-    """The weights that `spec` wants, of the shape `name`; rank 0 makes what is not there."""
-    plain, to = home / "bench" / name, spec.model.quantization
+def model_folder(
+    name: str, to: Quantization, precision: Precision, home: Path, world: World
+) -> Path:
+    """The weights of the shape `name`, stored as `to`; rank 0 makes what is not there."""
+    plain = home / "bench" / name
     folder = plain if to is Quantization.NONE else home / "bench" / f"{name}-{to}"
     if world.main and not (folder / "config.json").exists():
         if not (plain / "config.json").exists():
@@ -68,7 +75,7 @@ def model_folder(name: str, spec: RunSpec, home: Path, world: World) -> Path:
         if folder != plain:
             log.info("quantizing %s", folder)
             folder.mkdir(exist_ok=True)
-            dtype = str(DTYPES[spec.train.precision]).removeprefix("torch.")
+            dtype = str(DTYPES[precision]).removeprefix("torch.")
             quantize(plain, folder, to, dtype, device=world.device.type)
     world.gather(None)
     return folder
@@ -134,7 +141,8 @@ def measure(spec: RunSpec, options: dict[str, Any], home: Path, world: World) ->
         here) and share_of_ceiling.
     """
     shape = SHAPES[options["shape"]]
-    folder = model_folder(options["shape"], spec, home, world)
+    stored, precision = spec.model.quantization, spec.train.precision
+    folder = model_folder(options["shape"], stored, precision, home, world)
     started = time.time()
     module = load_module(folder, spec.model, spec.train, world)
     feed = _feed(spec, shape, options.get("longest"), world)

@@ -38,10 +38,8 @@ def measure_trl(spec: RunSpec, options: dict[str, Any], home: Path, world: World
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTTrainer
 
-    plain = spec.model_copy(
-        update={"model": spec.model.model_copy(update={"quantization": Quantization.NONE})}
-    )
-    folder = model_folder(options["shape"], plain, home, world)
+    precision = spec.train.precision  # TRL quantizes at load
+    folder = model_folder(options["shape"], Quantization.NONE, precision, home, world)
     rows = random_rows(spec, SHAPES[options["shape"]].vocabulary, None, world.world_size)
     data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows])
     times: list[float] = []

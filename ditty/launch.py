@@ -86,8 +86,6 @@ def run_stage(
         launch = launch.model_copy(update=alone)
         argv = [sys.executable, "-m", WORKER_MODULE, *arguments]
     env = child_environment(launch)
-    if "home" in job:  # what torch.compile made, for the next run: seconds in place of a minute
-        env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(job["home"]) / "compiled"))
     write_json(attempt / "job.json", job)
     write_json(attempt / "launch.json", _describe(argv, env, launch))
     recent: deque[str] = deque(maxlen=RECENT_LINES)

@@ -120,10 +120,10 @@ def write_shards(pieces: Sequence[Piece], out: Path, progress: Progress | None =
     write_json(out / PLAN, plan)
     total = sum(piece.source_bytes for piece in pieces)
     done = total - sum(shard.source_bytes for shard in missing)
+    _read_ahead(missing[:1])
     with _Writer() as writer:
-        for number, shard in enumerate(missing):
-            soon = [piece for s in missing[number : number + 2] for piece in s.pieces]
-            read_ahead(piece.source for piece in soon if piece.source)
+        for number, shard in enumerate(missing, start=1):
+            _read_ahead(missing[number : number + 1])
             content: Parts = {}
             for piece in shard.pieces:
                 content.update(piece.make())
@@ -134,6 +134,10 @@ def write_shards(pieces: Sequence[Piece], out: Path, progress: Progress | None =
     if len(shards) > 1:
         _write_index(shards, out)
     return len(shards)
+
+
+def _read_ahead(soon: list[Shard]) -> None:
+    read_ahead(piece.source for shard in soon for piece in shard.pieces if piece.source)
 
 
 def _remove_stale(plan: dict[str, Any], out: Path) -> None:

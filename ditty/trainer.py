@@ -91,7 +91,8 @@ class Trainer:
         self.total_steps = feed.total_steps(train)
         choose_kernels(train.deterministic)
         self.parallel = make_parallel(module, train, self.world)
-        self.filled = compile_blocks(self.parallel.model, train, feed.bounds, self.world.device)
+        compiled = compile_blocks(self.parallel.model, train, feed.bounds, self.world.device)
+        self.filled = feed.bounds if compiled else None  # to what batches are filled up
         self.isolated = False  # not yet seen that documents of a batch leave each other alone
         self.waited = 0.0  # seconds for the data of the step
         self.progress = Progress()
@@ -215,8 +216,8 @@ class Trainer:
         scale = self.loss_scale.scale * self.world.world_size / max(tokens, 1)
         loss_sum = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for index, batch in enumerate(micro_batches):
-            if self.filled and self.feed.bounds is not None:
-                batch = fill_up(batch, self.feed.bounds)
+            if self.filled is not None:
+                batch = fill_up(batch, self.filled)
             batch = to_device(batch, self.world.device)
             with autocast(self.world.device, self.train.precision):
                 loss = token_loss_sum(self.parallel.forward, self.parallel.model, batch)

@@ -27,18 +27,6 @@ SOURCE_SHARD_BYTES = 4 << 30
 TOKENS = 2048
 
 
-def draw(shape, name, device):
-    """A weight; the same for the same name."""
-    import zlib
-
-    import torch
-
-    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16, device=device)
-    return torch.randn(shape, generator=generator, dtype=torch.bfloat16, device=device) * 0.02
-
-
 def write_model(folder, size, device, *, empty):
     """The files of a checkpoint; `empty`: headers and holes, which take no disk."""
     import torch
@@ -144,7 +132,10 @@ def job_quantize(args):
 
 
 def _draw_instead(module, device):
+    import zlib
     from contextlib import contextmanager
+
+    from ditty.bench import draw
 
     opened = module.safe_open
 
@@ -155,7 +146,7 @@ def _draw_instead(module, device):
             class Drawn:
                 def get_tensor(self, name):
                     shape = stream.get_slice(name).get_shape()
-                    return draw(shape, name, device)
+                    return draw(shape, zlib.crc32(name.encode()), device)
 
             yield Drawn()
 

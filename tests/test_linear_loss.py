@@ -21,22 +21,15 @@ from ditty.linear_loss import linear_cross_entropy
 from ditty.loss import token_loss_sum
 from ditty.model import attention_name
 from ditty.spec import ModelSpec
+from tests.architectures import GROUPED, HEADS, OLDER, SMALL
 from tests.tiny import VOCABULARY, random_rows, tiny_config
 
-SMALL = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 2,
-}  # fmt: skip
 PLAIN = {
     "llama": tiny_config(),
     "llama_untied": tiny_config(tie_word_embeddings=False),
-    "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SMALL.items() if "key" not in k}),
+    "gpt_neox": GPTNeoXConfig(**SMALL),
     "gpt2": GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=512,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
+        **OLDER,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -44,8 +37,8 @@ PLAIN = {
 }
 # They scale their logits, or cap them.
 MORE = {
-    "cohere": CohereConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, logit_scale=0.5),
-    "gemma2": Gemma2Config(**SMALL, final_logit_softcapping=5.0, attn_logit_softcapping=None),
+    "cohere": CohereConfig(**GROUPED, pad_token_id=2, logit_scale=0.5),
+    "gemma2": Gemma2Config(**HEADS, final_logit_softcapping=5.0, attn_logit_softcapping=None),
 }
 
 
