@@ -13,9 +13,9 @@ from typing import Any
 
 from ditty import functions, tables
 from ditty.choices import OperationMethod
+from ditty.dataspec import Operation
 from ditty.errors import DataError, DittyError
 from ditty.sources import DATA
-from ditty.spec import Operation
 
 
 def apply(operation: Operation, source: Path, out: Path, num_proc: int) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ditty import tables
+from ditty.dataspec import DataSpec
 from ditty.errors import DataError
-from ditty.spec import DataSpec
 from ditty.tokenization import EVAL, IGNORED, TRAIN
 
 if TYPE_CHECKING:

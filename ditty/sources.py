@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty import functions, rows, tables
+from ditty.dataspec import DataSpec
 from ditty.errors import DataError
 from ditty.files import canonical_json, read_json, sha256_bytes, sha256_file
-from ditty.spec import DataSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa

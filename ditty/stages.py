@@ -14,8 +14,9 @@ from typing import Any
 from ditty import basemodel, functions, sources
 from ditty.artifacts import Manifest, Store
 from ditty.choices import Precision, Quantization
+from ditty.dataspec import Operation
 from ditty.files import canonical_json, sha256_bytes
-from ditty.spec import Operation, RunSpec
+from ditty.spec import RunSpec
 
 VERSIONS = {
     "fetch": 1,

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ditty import tables
 from ditty.chat import ChatEncoder, Encoded, encode_texts
 from ditty.choices import DataFormat, LossOn, Overlong
+from ditty.dataspec import DataSpec
 from ditty.errors import DataError
 from ditty.files import canonical_json
 from ditty.sources import DATA
-from ditty.spec import DataSpec
 
 if TYPE_CHECKING:
     import numpy as np

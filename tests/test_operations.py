@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from ditty import tables
+from ditty.dataspec import Operation
 from ditty.errors import DataError
 from ditty.operations import apply
-from ditty.spec import Operation
 
 ROWS = [{"text": "x" * (i % 10), "n": i} for i in range(2_500)]
 

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 
 from ditty import tables
+from ditty.dataspec import DataSpec
 from ditty.errors import DataError
 from ditty.packing import Document, pack, pack_tables, single
-from ditty.spec import DataSpec
 
 
 def documents(lengths, seed=0):

@@ -12,9 +12,9 @@ import pytest
 from pyarrow import parquet
 
 from ditty import tables
+from ditty.dataspec import DataSpec
 from ditty.errors import DataError
 from ditty.sources import identify, load
-from ditty.spec import DataSpec
 
 ROWS = [
     {"text": "Grüße\n", "score": 1, "messages": [{"role": "user", "content": "a"}]},

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from ditty import tables
+from ditty.dataspec import DataSpec
 from ditty.errors import DataError
-from ditty.spec import DataSpec
 from ditty.tokenization import load_tokenizer, row_fraction, tokenize
 from tests.tokenizers_for_tests import CHATML, MARKED, train_tokenizer
 
