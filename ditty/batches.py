@@ -117,11 +117,14 @@ def fill_up(batch: Batch, bounds: Bounds) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-        for k, v in batch.items()
-    }
+    """The batch with its tensors on `device`; a GPU's work goes on meanwhile."""
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        # From memory that may be paged out, the copy would wait for all that is under way.
+        pinned = value.pin_memory() if device.type == "cuda" else value
+        return pinned.to(device, non_blocking=True)
+
+    return {k: moved(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def supervised_tokens(batch: Batch) -> int:

@@ -20,6 +20,7 @@ from ditty.load import load_module
 from ditty.model import DTYPES
 from ditty.profiling import Profile
 from ditty.quantize import quantize
+from ditty.readout import Work
 from ditty.rundir import RunDir
 from ditty.shapes import SHAPES, Shape
 from ditty.shards import Piece, write_shards
@@ -120,11 +121,13 @@ class _Measured(Trainer):
     def save(self, step: int) -> None:
         """Nothing."""
 
-    def _step(self, step: int, micro_batches: list[Any], tokens: int) -> None:
-        if self.profile is not None and step == WARM_STEPS:
+    def _step(self, work: Work, micro_batches: list[Any]) -> None:
+        if self.profile is not None and work.step == WARM_STEPS + 1:
+            self.settle()
             self.profile.start()
-        super()._step(step, micro_batches, tokens)
-        if self.profile is not None and step == WARM_STEPS + PROFILED_STEPS - 1:
+        super()._step(work, micro_batches)
+        if self.profile is not None and work.step == WARM_STEPS + PROFILED_STEPS:
+            self.settle()
             self.profile.stop(PROFILED_STEPS)
 
 

@@ -341,10 +341,11 @@ def squared_norm(parallel: Parallel) -> torch.Tensor:
     return torch.stack(norms).square().sum()
 
 
-def scale_gradients(parallel: Parallel, factor: float) -> None:
-    """Multiply the step's gradients by `factor`."""
-    if factor != 1.0:
-        torch._foreach_mul_([g for g in parallel.gradients() if g.numel()], factor)
+def scale_gradients(parallel: Parallel, factor: torch.Tensor) -> None:
+    """Multiply the step's gradients by `factor`, an fp32 scalar."""
+    found = [g for g in parallel.gradients() if g.numel()]
+    if found:
+        torch._foreach_mul_(found, factor.to(found[0].device))
 
 
 def whole_weights(parallel: Parallel, world: World) -> dict[str, torch.Tensor]:

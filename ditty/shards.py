@@ -1,11 +1,12 @@
 """A model's folder, written piece by piece: shards with their index, and the files beside them.
 
-One shard is made while the one before it is written, and a shard that stands is never made again:
-the memory of two shards, and of what making one of their pieces takes.
+One shard is made while the two before it are written, and a shard that stands is never made again:
+the memory of three shards, and of what making one of their pieces takes.
 """
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ditty.readahead import Span, read_ahead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 256 << 20  # of one file; a larger piece gets a file of its own
+WRITERS = 2  # shards that are written and hashed at once; one hashes slower than a disk writes
 SPARE_BYTES = 64 << 20  # of disk, beyond the result
 COPIED = ("generation_config.json", "*.py")
 PLAN = "shards.json"  # which tensors of the source each file is made of; there before they are
@@ -150,31 +152,30 @@ def _remove_stale(plan: dict[str, Any], out: Path) -> None:
 
 
 class _Writer:
-    """Writes one shard at a time in a thread, while its user makes the next."""
+    """Writes shards in WRITERS threads, while its user makes the next."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ditty shards")
-        self._last: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="ditty shards")
+        self._under_way: deque[Future[None]] = deque()
 
     def __enter__(self) -> "_Writer":
         return self
 
     def write(self, shard: Shard, content: Parts) -> None:
-        """Wait until the shard before is on the disk, then begin with this one."""
-        self._wait()
-        self._last = self._pool.submit(shard.write, content)
+        """Begin to write a shard, once fewer than WRITERS others are under way."""
+        self._wait(WRITERS - 1)
+        self._under_way.append(self._pool.submit(shard.write, content))
 
-    def _wait(self) -> None:
-        if self._last is not None:
-            last, self._last = self._last, None
-            last.result()
+    def _wait(self, at_most: int) -> None:
+        while len(self._under_way) > at_most:
+            self._under_way.popleft().result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._pool.shutdown()
         if error is None:
-            self._wait()
+            self._wait(0)
 
 
 def _write_index(shards: list[Shard], out: Path) -> None:

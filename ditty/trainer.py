@@ -22,6 +22,7 @@ from ditty.loss import token_loss_sum
 from ditty.optim import check_schedule, learning_rate
 from ditty.parallel import LossScale, make_parallel, scale_gradients, squared_norm
 from ditty.progress import Progress
+from ditty.readout import Readout, Work, clip_factor
 from ditty.rng import choose_kernels, seed_all
 from ditty.rundir import RunDir, append_record
 from ditty.signals import stop_signal
@@ -94,9 +95,14 @@ class Trainer:
         compiled = compile_blocks(self.parallel.model, train, feed.bounds, self.world.device)
         self.filled = feed.bounds if compiled else None  # to what batches are filled up
         self.isolated = False  # not yet seen that documents of a batch leave each other alone
-        self.waited = 0.0  # seconds for the data of the step
         self.progress = Progress()
         self.loss_scale = LossScale.of(train.precision)
+        # Before a step is taken, its numbers are seen: where that costs nothing, and where the
+        # loss scale or gradients on the host ask for it. Elsewhere they are read a step later.
+        on_host = self.world.device.type == "cpu" or train.cpu_offload
+        self.waits = on_host or self.loss_scale.adapts
+        self.unread: Readout | None = None
+        self.clock = 0.0  # when the numbers of the step before were there
         self.checkpointer = Checkpointer(
             place.run, place.world, place.identity, keep=train.keep_checkpoints
         )
@@ -125,6 +131,7 @@ class Trainer:
         try:
             with stop_signal() as signalled:
                 outcome = self._run(step, signalled)
+                self.settle()
         finally:
             self.checkpointer.wait()
         if outcome.finished and self.train.final_weights is FinalWeights.BEST:
@@ -163,14 +170,15 @@ class Trainer:
             self.beat("data", step)
             asked = time.perf_counter()
             micro_batches = next(steps)
-            self.waited = time.perf_counter() - asked
-            tokens, stop = self._agree(micro_batches, bool(signalled))
+            waited = time.perf_counter() - asked
+            supervised, tokens, stop = self._agree(micro_batches, bool(signalled))
             if stop:
                 if saved < step:
                     self.save(step)
                 return Outcome(step, finished=False, reason=stop)
-            self._step(step, micro_batches, tokens)
+            rate = learning_rate(step, self.total_steps, self.train)
             step += 1
+            self._step(Work(step, rate, supervised, tokens, waited), micro_batches)
             better = self._after_step(step)
             last = step == self.total_steps or self._out_of_patience()
             if last or better or step % self.train.save_steps == 0:
@@ -192,28 +200,30 @@ class Trainer:
         patience = self.train.early_stopping_patience
         return patience is not None and self.progress.evaluations_without_better >= patience
 
-    def _agree(self, micro_batches: list[Batch], signalled: bool) -> tuple[int, str]:
-        """(supervised tokens of the global batch, why to stop or ""), the same on all ranks."""
+    def _agree(self, micro_batches: list[Batch], signalled: bool) -> tuple[int, int, str]:
+        """(supervised tokens of the global batch, all its tokens, why to stop or ""), the same on
+        all ranks."""
         asked = self.world.main and self.run.stop_file.exists()
-        tokens = sum(supervised_tokens(b) for b in micro_batches)
+        supervised = sum(supervised_tokens(b) for b in micro_batches)
+        seen = sum(b["input_ids"].numel() for b in micro_batches)
         several = any(len(b["cu_seqlens"]) > 2 for b in micro_batches)
-        here = [float(tokens), float(signalled), float(asked), float(several)]
-        total, signals, stops, packed = self.world.sum(here)
+        here = [float(n) for n in (supervised, seen, signalled, asked, several)]
+        total, tokens, signals, stops, packed = self.world.sum(here)
         if packed and not self.isolated:
             with as_it_stands(), autocast(self.world.device, self.train.precision):
                 check_isolation(self.parallel.forward, self.parallel.model, self.world.device)
             self.parallel.rest()
             self.isolated = True
         reason = "signal" if signals else "stop file" if stops else ""
-        return int(total), reason
+        return int(total), int(tokens), reason
 
-    def _step(self, step: int, micro_batches: list[Batch], tokens: int) -> None:
+    def _step(self, work: Work, micro_batches: list[Batch]) -> None:
         """One optimizer step on the global batch, each supervised token weighing the same."""
-        self.beat("step", step)
-        started = time.perf_counter()
-        rate = learning_rate(step, self.total_steps, self.train)
+        self.beat("step", work.step - 1)
+        if self.unread is None:
+            self.clock = time.perf_counter()
         # Gradients are averaged over processes; wanted is their sum, divided by all tokens.
-        scale = self.loss_scale.scale * self.world.world_size / max(tokens, 1)
+        scale = self.loss_scale.scale * self.world.world_size / max(work.supervised, 1)
         loss_sum = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for index, batch in enumerate(micro_batches):
             if self.filled is not None:
@@ -223,63 +233,81 @@ class Trainer:
                 loss = token_loss_sum(self.parallel.forward, self.parallel.model, batch)
             self.parallel.backward(loss * scale, index)
             loss_sum += loss.detach()
-        # One wait for the device, for all that the update depends on.
         squares = squared_norm(self.parallel).to(loss_sum.device)
-        total, squared = self.world.sum(torch.stack([loss_sum, squares]).tolist())
-        mean = total / max(tokens, 1)
-        norm = (math.sqrt(squared) if squared >= 0 else math.nan) / self.loss_scale.scale
-        self._update(step, mean, norm, rate)
-        seconds = time.perf_counter() - started
-        self._record(step + 1, mean, rate, norm, (tokens, micro_batches, seconds))
+        sums = self.world.add(torch.stack([loss_sum, squares]))
+        readout = Readout(work, sums, self.loss_scale.scale)
+        factor = clip_factor(sums[1], self.train.max_grad_norm, self.loss_scale.scale)
+        if self.waits:
+            self._update(readout, factor)
+            return
+        scale_gradients(self.parallel, factor)
+        self.parallel.step(work.rate)
+        self.settle()
+        self.unread = readout
 
-    def _update(self, step: int, loss: float, norm: float, rate: float) -> None:
-        """Clip the gradients and take the step, or none where fp16 overflowed."""
-        overflowed = not math.isfinite(norm)
-        if not math.isfinite(loss) or (overflowed and not self.loss_scale.adapts):
+    def _update(self, readout: Readout, factor: torch.Tensor) -> None:
+        """Take the step once its numbers are seen, or none where fp16 overflowed."""
+        loss, norm = readout.read()
+        overflowed = self.loss_scale.adapts and not math.isfinite(norm) and math.isfinite(loss)
+        if not overflowed:
+            self._check_finite(readout.work, loss, norm)
+        self.loss_scale.update(overflowed)
+        if overflowed:
+            log.warning(
+                "step %d skipped: loss scale now %g", readout.work.step, self.loss_scale.scale
+            )
+            self.parallel.skip()
+        else:
+            scale_gradients(self.parallel, factor)
+            self.parallel.step(readout.work.rate)
+        self._record(readout.work, loss, norm)
+
+    def settle(self) -> None:
+        """Read and record the numbers of the step that was launched last, if that is not done.
+
+        Raises:
+            RunError: they are not finite. Whatever is kept is kept after this.
+        """
+        readout, self.unread = self.unread, None
+        if readout is not None:
+            loss, norm = readout.read()
+            self._check_finite(readout.work, loss, norm)
+            self._record(readout.work, loss, norm)
+
+    def _check_finite(self, work: Work, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}. Nothing of it was kept: "
+                f"step {work.step}: loss {loss}, gradient norm {norm}. Nothing of it was kept: "
                 "lower train.learning_rate (with another name), or look at the rows of this step; "
                 "a rerun resumes before it"
             )
-        scaled_by = self.loss_scale.scale
-        self.loss_scale.update(overflowed)
-        if overflowed:
-            log.warning("step %d skipped: loss scale now %g", step + 1, self.loss_scale.scale)
-            self.parallel.skip()
-            return
-        # As torch.nn.utils.clip_grad_norm_, whose 1e-6 this is.
-        factor = min(1.0, self.train.max_grad_norm / (norm + 1e-6))
-        scale_gradients(self.parallel, factor / scaled_by)
-        self.parallel.step(rate)
 
-    def _record(
-        self, step: int, loss: float, rate: float, norm: float, work: tuple[int, list[Batch], float]
-    ) -> None:
-        supervised, micro_batches, seconds = work
-        seen = float(sum(b["input_ids"].numel() for b in micro_batches))
-        (tokens,) = self.world.sum([seen])
+    def _record(self, work: Work, loss: float, norm: float) -> None:
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
         if not self.world.main:
             return
         record = {
             "kind": "train",
-            "step": step,
+            "step": work.step,
             "total_steps": self.total_steps,
             "loss": loss,
-            "learning_rate": rate,
+            "learning_rate": work.rate,
             "grad_norm": norm,
-            "supervised_tokens": supervised,
-            "tokens": int(tokens),
-            "tokens_per_second": tokens / seconds,
+            "supervised_tokens": work.supervised,
+            "tokens": work.tokens,
+            "tokens_per_second": work.tokens / seconds,
             "memory_bytes": memory_bytes(self.world.device),
             "seconds": seconds,
-            "data_seconds": self.waited,
+            "data_seconds": work.data_seconds,
             "time": time.time(),
         }
         append_record(self.run.metrics_file, record)
-        log.info("step %d/%d loss %.4f", step, self.total_steps, loss)
+        log.info("step %d/%d loss %.4f", work.step, self.total_steps, loss)
 
     def save(self, step: int) -> None:
         """Begin to commit a checkpoint of the state after `step` steps."""
+        self.settle()
         self.beat("save", step)
         state = {
             "progress": asdict(self.progress),
@@ -290,6 +318,7 @@ class Trainer:
 
     def evaluate(self, step: int) -> bool:
         """Append the held-out loss to the metrics, and samples; whether it is the best so far."""
+        self.settle()
         if self.held_out is None or not len(self.held_out.rows):
             return False
         self.beat("evaluate", step)
@@ -311,6 +340,7 @@ class Trainer:
 
         All processes take part, since each may hold a part of the weights; rank 0 writes.
         """
+        self.settle()
         if self.held_out is None or not self.held_out.num_samples:
             return
         self.beat("sample", step)

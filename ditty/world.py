@@ -20,7 +20,8 @@ class World:
     Attributes:
         device: where its model lives.
         local_world_size: processes on this machine.
-        group: the process group of `gather`; None: torch's default one.
+        group: the process group of `sum` and `gather`, which talk on the CPU: a GPU's work goes on
+            meanwhile; None: torch's default one.
         timeout: of a collective; torch gives each new group its own default, up to half an hour.
     """
 
@@ -41,10 +42,15 @@ class World:
         """Element-wise sum over processes, in float64 so that counts stay exact."""
         if self.world_size == 1:
             return values
-        # fp64 lives on the CPU and on NVIDIA GPUs; MPS, which lacks it, has no process group.
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.group)
         return [float(v) for v in tensor.tolist()]
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        """`values`, a tensor on the device, summed over processes in place; nothing waits."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
 
     def gather(self, value: Any) -> list[Any]:
         """One small picklable value a process, in rank order."""
@@ -106,7 +112,10 @@ def join_world(
     where = torch.device(device, state.local_process_index if device == "cuda" else None)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     ranks = (state.process_index, state.local_process_index, world_size)
-    return World(*ranks, where, local, timeout=timeout)
+    # On GPUs a second group beside NCCL's, whose every word would wait for the GPU.
+    beside = device == "cuda" and several
+    group = dist.new_group(backend="gloo", timeout=timeout) if beside else None
+    return World(*ranks, where, local, group, timeout)
 
 
 def leave_world() -> None:

@@ -60,10 +60,10 @@ def train_on(root: Path, home: Path, *, stop_before: int | None = None, **keys):
     counts = []
     step = trainer._step
 
-    def counted(number, *args):
-        step(number, *args)
+    def counted(work, *args):
+        step(work, *args)
         counts.append(compiled.programs())
-        if number + 1 == stop_before:
+        if work.step == stop_before:
             run.stop_file.touch()
 
     trainer._step = counted

@@ -55,8 +55,17 @@ def feed_of(rows, train: TrainSpec) -> PackedFeed:
 
 
 def run_trainer(
-    folder, tmp_path, train=None, *, rows=None, name="run", module=None, **build_options
+    folder,
+    tmp_path,
+    train=None,
+    *,
+    rows=None,
+    name="run",
+    module=None,
+    ahead=False,
+    **build_options,
 ):
+    """`ahead`: read each step's numbers after the next one is launched, as on a GPU."""
     train = train or settings()
     module = module or build(folder, **build_options)
     run = RunDir(tmp_path / name)
@@ -65,6 +74,7 @@ def run_trainer(
         run, single(), {"train": train.model_dump(mode="json", include={"learning_rate"})}
     )
     trainer = Trainer(module, feed_of(rows or random_rows(30), train), train, place)
+    trainer.waits = trainer.waits and not ahead
     outcome = trainer.fit()
     return trainer, outcome, [r for r in run.metrics() if r["kind"] == "train"]
 
@@ -287,6 +297,30 @@ def test_non_finite_loss_is_never_committed(folder, tmp_path):
     with pytest.raises(RunError, match="step 2: loss"):
         run_trainer(folder, tmp_path, train, module=module)
     assert RunDir(tmp_path / "run").committed_steps() == [1]
+
+
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_what_is_not_finite_is_never_committed_where_it_is_read_a_step_later(
+    folder, tmp_path, save_steps
+):
+    train = settings(max_steps=6, save_steps=save_steps, learning_rate=1e30, max_grad_norm=1e30)
+    train = train.model_copy(update={"warmup_steps": 0})
+    with pytest.raises(RunError, match="step 2: loss"):
+        run_trainer(folder, tmp_path, train, ahead=True)
+    assert RunDir(tmp_path / "run").committed_steps() == [1][: save_steps == 1]
+
+
+def test_numbers_read_a_step_later_are_the_same(folder, tmp_path):
+    train = settings(max_steps=7, save_steps=3, eval_steps=None)
+    waited, _, expected = run_trainer(folder, tmp_path, train, name="waited")
+    ahead, _, found = run_trainer(folder, tmp_path, train, name="ahead", ahead=True)
+    assert waited.waits and not ahead.waits
+    assert ahead.unread is None
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in ("step", "loss", "grad_norm", "learning_rate", "supervised_tokens", "tokens"):
+            assert ours[key] == theirs[key], key
+    mine, other = (whole_weights(t.parallel, single()) for t in (ahead, waited))
+    assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
 def test_held_out_loss_and_gradient_checkpointing(folder):
