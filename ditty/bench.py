@@ -140,7 +140,8 @@ def measure(spec: RunSpec, options: dict[str, Any], home: Path, world: World) ->
     Returns:
         tokens_per_second over all processes, of all steps but the first WARM_STEPS;
         peak_bytes of this process; load_seconds; first_step_seconds, from the loaded model;
-        programs compiled; the last loss; on GPUs also ceiling_tflops (a bf16 product measured
+        programs compiled; the last loss; what memory was planned (planned_bytes,
+        recomputed_blocks), where it was; on GPUs also ceiling_tflops (a bf16 product measured
         here) and share_of_ceiling.
     """
     shape = SHAPES[options["shape"]]
@@ -167,6 +168,8 @@ def measure(spec: RunSpec, options: dict[str, Any], home: Path, world: World) ->
         "first_step_seconds": steps[0]["time"] - loaded,
         "programs": programs(),
         "loss": steps[-1]["loss"],
+        "planned_bytes": trainer.memory.peak if trainer.memory else None,
+        "recomputed_blocks": trainer.memory.recomputed if trainer.memory else None,
     }
     return found | _share(spec, shape, found["tokens_per_second"], world)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ditty.bench import WARM_STEPS, model_folder, random_rows
-from ditty.choices import Adapter, Precision, Quantization
+from ditty.choices import ActivationCheckpointing, Adapter, Precision, Quantization
 from ditty.errors import SpecError
 from ditty.model import DTYPES
 from ditty.shapes import SHAPES
@@ -84,6 +84,7 @@ def _arguments(spec: RunSpec, folder: str, world: World) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=model["dtype"],
         )
+    recomputes = spec.train.activation_checkpointing is ActivationCheckpointing.ALL
     return SFTConfig(
         output_dir=folder,
         max_steps=spec.train.max_steps or 1,
@@ -92,7 +93,7 @@ def _arguments(spec: RunSpec, folder: str, world: World) -> Any:
         bf16=spec.train.precision is Precision.BF16,
         fp16=spec.train.precision is Precision.FP16,
         use_cpu=not gpu,
-        gradient_checkpointing=spec.train.gradient_checkpointing,
+        gradient_checkpointing=recomputes,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         max_length=spec.data.seq_len,
         packing=True,

@@ -74,6 +74,17 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
+class ActivationCheckpointing(StrEnum):
+    """Which blocks compute their activations again in the backward pass: less memory, more work.
+
+    `auto`: on GPUs as many as the memory asks for. `none`, `all`: no block, or each.
+    """
+
+    AUTO = "auto"
+    NONE = "none"
+    ALL = "all"
+
+
 class Sharding(StrEnum):
     """How the processes of a training share its memory.
 

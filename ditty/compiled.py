@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ditty.batches import Bounds
@@ -34,6 +33,8 @@ def compile_blocks(
 ) -> bool:
     """Compile the blocks of `model` in place, where `train.compile` says so and it can be done.
 
+    What a block computes, that is: what happens around it (FSDP2's hooks) stays outside.
+
     Args:
         bounds: what no micro batch exceeds; None: unknown.
     Returns:
@@ -52,30 +53,9 @@ def compile_blocks(
         return False
     _configure(train)
     for block in blocks(model):
-        _compile(block)
+        block.forward = torch.compile(block.forward, dynamic=False)
     log.info("blocks are compiled at the first step")
     return True
-
-
-def _compile(block: Any) -> None:
-    """Compile what a block computes; what happens around it (hooks, recomputation) stays outside.
-
-    transformers recomputes within or around `forward`, depending on its version; within, PyTorch
-    compiles nothing, and does not say so. Here it is around it.
-    """
-    plain = block.forward
-    compiled = torch.compile(plain, dynamic=False)
-    block.forward = compiled
-    if not getattr(block, "gradient_checkpointing", False):
-        return
-    block.gradient_checkpointing = False  # that is ours now
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return compiled(*args, **kwargs)
-        return checkpoint(compiled, *args, use_reentrant=False, **kwargs)
-
-    block.forward = forward
 
 
 def _why_not_unasked(train: TrainSpec, device: torch.device) -> str | None:

@@ -18,6 +18,11 @@
 A user's mistake is one of these and is printed without a traceback. Anything else is our bug.
 """
 
+LESS_MEMORY = (
+    "lower train.micro_batch_size or data.seq_len, or set train.activation_checkpointing: all"
+)
+"""What to do when a GPU's memory is not enough."""
+
 
 class DittyError(Exception):
     """Root of all ditty errors. `retryable`: could an identical attempt succeed?"""

@@ -3,9 +3,10 @@
     y  = (q(x) * s_x) (W * s_W)^T          q rounds each row to e4m3, so that its largest is 448
     dx = (q(dy * s_W) * s_d) W             of the same W: the gradient is that of what was computed
 
-One copy of the weight, one byte a number; the second product needs it transposed, which is done
-when it is needed (one pass over the weight, a hundredth of the product's time). Both run on the
-tensor cores of GPUs from compute capability 8.9 on; on a CPU the same rounding, multiplied in fp32.
+The tensor cores (of GPUs from compute capability 8.9 on) want the second product's weight
+transposed. Where a process holds the whole model it is kept so as well (`keep_transposed`): a
+second byte a number, and no pass over all weights in each step; elsewhere it is transposed when it
+is needed. On a CPU the same rounding, multiplied in fp32.
 Importing this module registers the format with transformers; nothing else.
 
 On disk: the layout of compressed-tensors, a scale a channel (`weight` e4m3 [out, in],
@@ -109,26 +110,38 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        transposed: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight, scale)
+        ctx.save_for_backward(weight if transposed is None else transposed, scale)
+        ctx.is_transposed = transposed is not None
         rounded, row_scale = round_rows(x.reshape(-1, x.shape[-1]))
         y = _product(rounded, row_scale, weight, scale)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (dy,) = gradients
         weight, scale = ctx.saved_tensors
+        transposed = weight if ctx.is_transposed else weight.t().contiguous()
         rows = dy.reshape(-1, dy.shape[-1]).float() * scale.T
         rounded, row_scale = round_rows(rows)
-        ones = torch.ones(weight.shape[1], 1, device=weight.device)
-        dx = _product(rounded, row_scale, weight.t().contiguous(), ones)
-        return dx.to(dy.dtype).view(*dy.shape[:-1], -1), None, None
+        ones = torch.ones(transposed.shape[0], 1, device=weight.device)
+        dx = _product(rounded, row_scale, transposed, ones)
+        return dx.to(dy.dtype).view(*dy.shape[:-1], -1), None, None, None
 
 
 class Fp8Linear(torch.nn.Linear):
-    """A linear layer whose frozen weight is e4m3 [out, in], `weight_scale` fp32 [out, 1]."""
+    """A linear layer whose frozen weight is e4m3 [out, in], `weight_scale` fp32 [out, 1].
+
+    Attributes:
+        transposed: the weight as [in, out], where it is kept twice.
+    """
+
+    transposed: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
@@ -136,13 +149,23 @@ class Fp8Linear(torch.nn.Linear):
         scale = torch.empty(out_features, 1, dtype=torch.float32, device="meta")
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+        self.register_buffer("transposed", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out], in the dtype of autocast, or of x."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        y: torch.Tensor = _Frozen.apply(x.to(dtype), self.weight, self.weight_scale)
+        y: torch.Tensor = _Frozen.apply(
+            x.to(dtype), self.weight, self.weight_scale, self.transposed
+        )
         return y if self.bias is None else y + self.bias.to(dtype)
+
+
+def keep_transposed(model: torch.nn.Module) -> None:
+    """Keep the weights of all float8 layers transposed as well; for a model that trains, whole."""
+    for layer in model.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.transposed = layer.weight.detach().t().contiguous()
 
 
 @register_quantizer(METHOD)

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ditty.choices import Adapter, Optimizer, Precision, Quantization, Sharding
+from ditty.choices import (
+    ActivationCheckpointing,
+    Adapter,
+    Optimizer,
+    Precision,
+    Quantization,
+    Sharding,
+)
 
 SHARDED = (Sharding.FSDP2, Sharding.HYBRID, Sharding.ZERO3)
 
@@ -22,7 +29,7 @@ class Strategy:
     precision: Precision
     optimizer: Optimizer
     cpu_offload: bool
-    gradient_checkpointing: bool
+    activation_checkpointing: ActivationCheckpointing
     compile: bool | None
     world_size: int
     shard_size: int | None
@@ -44,7 +51,7 @@ class Strategy:
             train.precision,
             train.optimizer,
             train.cpu_offload,
-            train.gradient_checkpointing,
+            train.activation_checkpointing,
             train.compile,
             world_size,
             shard_size,
@@ -133,11 +140,12 @@ def _memory_problems(s: Strategy) -> Iterator[str]:
             f"train.cpu_offload with an int8 base is for one GPU, and launch makes {s.world_size} "
             "processes; use quantization: nf4 with train.sharding: fsdp2, or one process"
         )
-    if s.cpu_offload and s.quantization is Quantization.INT8 and not s.gradient_checkpointing:
+    recomputes = s.activation_checkpointing is ActivationCheckpointing.ALL
+    if s.cpu_offload and s.quantization is Quantization.INT8 and not recomputes:
         yield (
             "train.cpu_offload with an int8 base streams layers to the GPU, and without "
             "recomputation every one of them would stay there until the backward pass; "
-            "set train.gradient_checkpointing: true"
+            "set train.activation_checkpointing: all"
         )
 
 

@@ -32,9 +32,9 @@ def load_module(folder: Path, spec: ModelSpec, train: TrainSpec, world: World) -
 
         return load_zero3(folder, spec, train, world)
     base = _base(folder, spec, train, world.device)
-    return prepare_model(
-        base, spec, seed=train.seed, gradient_checkpointing=train.gradient_checkpointing
-    )
+    if world.device.type == "cuda":
+        fp8.keep_transposed(base)
+    return prepare_model(base, spec, seed=train.seed)
 
 
 def _base(folder: Path, spec: ModelSpec, train: TrainSpec, device: torch.device) -> PreTrainedModel:

@@ -163,12 +163,8 @@ def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor | N
     return None
 
 
-def prepare_model(
-    model: PreTrainedModel, spec: ModelSpec, *, seed: int, gradient_checkpointing: bool
-) -> torch.nn.Module:
+def prepare_model(model: PreTrainedModel, spec: ModelSpec, *, seed: int) -> torch.nn.Module:
     """The module to train: with its adapter, or itself; in train mode."""
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = model if spec.adapter is Adapter.NONE else add_adapter(model, spec, seed)
     trained.train()
     return trained

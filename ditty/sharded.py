@@ -39,12 +39,7 @@ def load_sharded(folder: Path, spec: ModelSpec, train: TrainSpec, world: World) 
     Raises:
         ModelError: see WeightFiles and skeleton.
     """
-
-    def prepare(model: PreTrainedModel) -> None:
-        if train.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    module, files, read = empty_module(folder, spec, train, world, prepare)
+    module, files, read = empty_module(folder, spec, train, world)
     cut(base_model(module), spec, train, world)
     _to_empty(module, torch.device("cpu") if train.cpu_offload else world.device)
     with ThreadPoolExecutor(READERS, thread_name_prefix="ditty weights") as readers:
@@ -60,7 +55,7 @@ def empty_module(
     spec: ModelSpec,
     train: TrainSpec,
     world: World,
-    prepare: Callable[[PreTrainedModel], None],
+    prepare: Callable[[PreTrainedModel], None] | None = None,
 ) -> tuple[torch.nn.Module, WeightFiles, ReadPart]:
     """The module to train with its parameters on the meta device, and what reads parts of them.
 
@@ -72,7 +67,8 @@ def empty_module(
         ModelError: see WeightFiles and skeleton.
     """
     model = skeleton.empty_model(folder, spec, base_dtype(spec, train.precision))
-    prepare(model)
+    if prepare is not None:
+        prepare(model)
     files = WeightFiles(folder, model)
     packed = skeleton.pack_quantized(model, files, world.device)
     module = model if spec.adapter is Adapter.NONE else add_adapter(model, spec, 0, empty=True)

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ditty import legal
 from ditty.choices import (
+    ActivationCheckpointing,
     Adapter,
     Attention,
     Device,
@@ -117,8 +118,12 @@ class TrainSpec(Section):
     compile: bool | None = None
     """Compile the model's blocks (torch.compile). By default on GPUs, in bf16 and fp16, where the
     model and the sharding allow it; the log says where not."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more work."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.AUTO
+    """Which blocks recompute their activations in the backward pass (a third more work for each):
+    by default, on GPUs, only as many as do not fit the memory otherwise. The result is the same."""
+    max_memory_gb: float | None = Field(default=None, gt=0)
+    """GPU memory, in GB (1e9 bytes), that `activation_checkpointing: auto` may plan with; by
+    default 92% of the card's."""
     sampling: Sampling = Sampling.RANDOM
     """The order of rows within an epoch."""
     seed: int = Field(default=0, ge=0, lt=2**32)

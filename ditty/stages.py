@@ -49,6 +49,8 @@ HARMLESS_TRAIN_KEYS = {
     "cpu_offload",
     "offload_gpu_gb",
     "deterministic",
+    "activation_checkpointing",
+    "max_memory_gb",
     "num_samples",
     "sample_steps",
     "sample_max_tokens",

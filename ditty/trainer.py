@@ -14,7 +14,7 @@ from ditty.batches import Batch, fill_up, supervised_tokens, to_device
 from ditty.checkpoint import Checkpointer
 from ditty.choices import FinalWeights
 from ditty.compiled import as_it_stands, compile_blocks
-from ditty.errors import RunError, SpecError
+from ditty.errors import LESS_MEMORY, OutOfMemory, RunError, SpecError
 from ditty.evaluate import HeldOut, autocast, complete, held_out_loss
 from ditty.feed import Feed
 from ditty.heartbeat import Heartbeat
@@ -23,6 +23,7 @@ from ditty.optim import check_schedule, learning_rate
 from ditty.parallel import LossScale, make_parallel, scale_gradients, squared_norm
 from ditty.progress import Progress
 from ditty.readout import Readout, Work, clip_factor
+from ditty.recompute import choose_recomputed, recompute_blocks
 from ditty.rng import choose_kernels, seed_all
 from ditty.rundir import RunDir, append_record
 from ditty.signals import stop_signal
@@ -92,8 +93,13 @@ class Trainer:
         self.total_steps = feed.total_steps(train)
         choose_kernels(train.deterministic)
         self.parallel = make_parallel(module, train, self.world)
-        compiled = compile_blocks(self.parallel.model, train, feed.bounds, self.world.device)
-        self.filled = feed.bounds if compiled else None  # to what batches are filled up
+        model, bounds = self.parallel.model, feed.bounds
+        compiled = compile_blocks(model, train, bounds, self.world.device)
+        self.filled = bounds if compiled else None  # to what batches are filled up
+        count, self.memory = choose_recomputed(
+            self.parallel, train, bounds, self.world, compiled=compiled
+        )
+        recompute_blocks(model, count)
         self.isolated = False  # not yet seen that documents of a batch leave each other alone
         self.progress = Progress()
         self.loss_scale = LossScale.of(train.precision)
@@ -116,6 +122,7 @@ class Trainer:
         Raises:
             RunError: loss or gradients are not finite; the state before that step stays. Or the
                 best weights are wanted, and there are none.
+            OutOfMemory: says where the memory was to go.
             StoreError, ArtifactDamaged, RunMismatch: see Checkpointer.
         """
         self.beat("restore", 0)
@@ -132,6 +139,11 @@ class Trainer:
             with stop_signal() as signalled:
                 outcome = self._run(step, signalled)
                 self.settle()
+        except torch.OutOfMemoryError as error:
+            planned = f" Planned were {self.memory.describe()}." if self.memory else ""
+            raise OutOfMemory(
+                f"{error}.{planned} It would not fit the next time either: {LESS_MEMORY}"
+            ) from error
         finally:
             self.checkpointer.wait()
         if outcome.finished and self.train.final_weights is FinalWeights.BEST:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ditty.artifacts import Make, Store
 from ditty.choices import FinalWeights
-from ditty.errors import DittyError, OutOfMemory, Preempted, RunBusy, RunError
+from ditty.errors import LESS_MEMORY, DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.files import read_json, write_json
 from ditty.readahead import read_folder_ahead
 from ditty.rundir import Result, RunDir, Status, write_result
@@ -308,8 +308,7 @@ STAGES: dict[str, Callable[[Job, Path], Result]] = {
 def explain(error: BaseException) -> Result:
     """The result of an attempt that ended in `error`."""
     if _out_of_memory(error):
-        advice = "lower train.micro_batch_size or data.seq_len, or set train.gradient_checkpointing"
-        message = f"{error}. It would not fit the next time either: {advice}"
+        message = f"{error}. It would not fit the next time either: {LESS_MEMORY}"
         return Result(Status.FAILED, kind=OutOfMemory.__name__, message=message)
     if isinstance(error, DittyError):
         name = type(error).__name__

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ditty import skeleton
-from ditty.choices import Adapter, Precision
+from ditty.choices import ActivationCheckpointing, Adapter, Precision
 from ditty.errors import RunError
 from ditty.model import DTYPES, base_model, trainable
 from ditty.parallel import Part
@@ -44,7 +44,7 @@ def load_zero3(folder: Path, spec: ModelSpec, train: TrainSpec, world: World) ->
     """
 
     def prepare(model: PreTrainedModel) -> None:
-        if train.gradient_checkpointing:
+        if train.activation_checkpointing is ActivationCheckpointing.ALL:
             # DeepSpeed frees a block's weights between forward and backward, which the other kind
             # of checkpointing takes for a change of what is computed.
             model.gradient_checkpointing_enable({"use_reentrant": True})

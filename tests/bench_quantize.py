@@ -179,7 +179,6 @@ def job_step(args):
     train = TrainSpec(
         precision="bf16",
         sharding="none" if peer else args.sharding,
-        gradient_checkpointing=True,
         max_steps=1,
     )
     module = _transformers_module(args) if peer else load_module(args.out, spec, train, world)
@@ -218,7 +217,6 @@ def _transformers_module(args):
         attn_implementation=attention_name(ModelSpec(base_model="x")),
         device_map={"": 0} if args.device == "cuda" else None,
     )  # fmt: skip
-    model.gradient_checkpointing_enable({"use_reentrant": False})
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, lora).train()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ditty.benchmark import bench_spec, run_bench
 
-CKPT = ["train.gradient_checkpointing=true"]
+CKPT = ["train.activation_checkpointing=all"]
 ROWS = {
     # name: (shape, rows a step, overrides)
     "1b-lora": ("1b", 8, []),

@@ -184,7 +184,7 @@ def test_two_processes_with_cut_and_recomputed_blocks(root, tmp_path):
     }  # fmt: skip
     changes = {
         "plain": {"sharding": "ddp"},
-        "compiled": {"sharding": "fsdp2", "compile": True, "gradient_checkpointing": True},
+        "compiled": {"sharding": "fsdp2", "compile": True, "activation_checkpointing": "all"},
     }
     jobs = [
         scenarios.job(

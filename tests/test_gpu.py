@@ -16,8 +16,10 @@ from ditty.evaluate import autocast
 from ditty.loss import token_loss_sum
 from ditty.model import load_base, prepare_model
 from ditty.quantize import quantize
+from ditty.recompute import recompute_blocks
 from ditty.rng import choose_kernels
 from ditty.rundir import Status
+from ditty.skeleton import blocks
 from ditty.spec import ModelSpec
 from tests.test_distributed import adapter, inputs, losses, run_training  # noqa: F401
 from tests.tiny import make_model_folder, random_rows, tiny_config
@@ -72,7 +74,7 @@ def test_quantized_training_step_equals_the_cpus(tmp_path):
     found = []
     for device in (torch.device("cpu"), GPU):
         base = load_base(tmp_path / "nf4", spec, Precision.FP32, device)
-        module = prepare_model(base, spec, seed=0, gradient_checkpointing=False)
+        module = prepare_model(base, spec, seed=0)
         loss = token_loss_sum(module, base, to_device(collate(random_rows(4)), device))
         loss.backward()
         norms = [float(p.grad.norm()) for p in module.parameters() if p.grad is not None]
@@ -133,7 +135,8 @@ def test_print_speed_of_1b_lora(tmp_path, capsys):
     del model
     spec = ModelSpec(base_model=str(tmp_path / "model"))
     base = load_base(tmp_path / "model", spec, Precision.BF16, GPU)
-    module = prepare_model(base, spec, seed=0, gradient_checkpointing=True)
+    module = prepare_model(base, spec, seed=0)
+    recompute_blocks(base, len(blocks(base)))
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
     ids = torch.randint(0, 128_256, (2048,)).tolist()
     batch = collate([{"input_ids": ids, "labels": ids, "lengths": [2048]}] * 8)

@@ -35,7 +35,7 @@ SHARDINGS = ("ddp", "fsdp2", "zero3")
 FSDP2_ODDITIES = {
     "offload-lora": ("lora", {"cpu_offload": True}),
     "offload-full": ("full", {"cpu_offload": True}),
-    "checkpointed": ("lora", {"gradient_checkpointing": True}),
+    "checkpointed": ("lora", {"activation_checkpointing": "all"}),
     "adamw8bit": ("full", {"optimizer": "adamw_8bit"}),
     "paged8bit": ("full", {"optimizer": "paged_adamw_8bit"}),
     "lion": ("lora", {"optimizer": "lion"}),
@@ -118,7 +118,7 @@ def all_jobs(root):
     streamed = {
         "cpu_offload": True,
         "offload_gpu_gb": 0.012,  # half of the blocks
-        "gradient_checkpointing": True,
+        "activation_checkpointing": "all",
         "gradient_accumulation_steps": 2 * GPUS,
     }
     keys = {"lora_r": 8, "quantization": "int8"}

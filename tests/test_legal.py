@@ -55,7 +55,7 @@ def spec(processes=2, machines=1, model=None, **train):
                                          "optimizer": "paged_lion"}),
         ("sharded weights", "fsdp2", {"cpu_offload": True}),
         ("one GPU", "nf4", {"cpu_offload": True, "model": {"quantization": "int8"},
-                            "gradient_checkpointing": True}),
+                            "activation_checkpointing": "all"}),
         ("larger multiple", "fsdp2", {"sharding": "hybrid"}),
         ("is for hybrid", "sharding: hybrid", {"sharding": "fsdp2", "shard_size": 2}),
     ],
@@ -67,7 +67,7 @@ def test_what_cannot_work_is_refused_with_reason_and_way_out(reason, instead, op
 
 
 def test_int8_offload_needs_recomputation():
-    with pytest.raises(SpecError, match="gradient_checkpointing: true"):
+    with pytest.raises(SpecError, match="activation_checkpointing: all"):
         spec(1, model={"quantization": "int8"}, cpu_offload=True)
 
 

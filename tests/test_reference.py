@@ -107,7 +107,7 @@ def prepare(folder: Path, case: Case) -> torch.nn.Module:
         target_modules=LORA["target_modules"],
     )
     base = load_base(folder, spec, Precision.FP32, torch.device("cpu"))
-    return prepare_model(base, spec, seed=0, gradient_checkpointing=False)
+    return prepare_model(base, spec, seed=0)
 
 
 def copy_of(weights: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -186,7 +186,6 @@ def by_trl(model: torch.nn.Module, documents: list[Document], case: Case, root: 
         completion_only_loss=case.completion_only,
         max_length=None,
         bf16=False,
-        gradient_checkpointing=False,
         use_cpu=True,
         logging_steps=1,
         save_strategy="no",

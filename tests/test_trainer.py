@@ -18,6 +18,7 @@ from ditty.feed import LoaderFeed, PackedFeed
 from ditty.loss import token_loss_sum
 from ditty.model import add_adapter, base_model, load_base, prepare_model, save_trained, trainable
 from ditty.parallel import whole_weights
+from ditty.recompute import recompute_blocks
 from ditty.rundir import RunDir
 from ditty.sampler import BatchSplit, SampleOrder
 from ditty.spec import ModelSpec, TrainSpec
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 def build(folder: Path, *, adapter: str = "none", attention_kind: str = "packed", **model):
     spec = ModelSpec(base_model=str(folder), adapter=adapter, attention=attention_kind, **model)
     base = load_base(folder, spec, Precision.FP32, CPU)
-    return prepare_model(base, spec, seed=0, gradient_checkpointing=False)
+    return prepare_model(base, spec, seed=0)
 
 
 def settings(**changes) -> TrainSpec:
@@ -323,7 +324,7 @@ def test_numbers_read_a_step_later_are_the_same(folder, tmp_path):
     assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
-def test_held_out_loss_and_gradient_checkpointing(folder):
+def test_held_out_loss_and_recomputed_blocks(folder):
     rows = random_rows(5, seed=9)
     model = build(folder)
     loss, tokens = held_out_loss(model, model, rows, Precision.FP32, single())
@@ -334,12 +335,31 @@ def test_held_out_loss_and_gradient_checkpointing(folder):
     )
     spec = ModelSpec(base_model=str(folder))
     gradients = []
-    for checkpointing in (False, True):
+    for count in (0, 1, 2):
         base = load_base(folder, spec, Precision.FP32, CPU)
-        module = prepare_model(base, spec, seed=0, gradient_checkpointing=checkpointing)
+        module = prepare_model(base, spec, seed=0)
+        recompute_blocks(base, count)
+        calls = _count_mlp_calls(base)
         token_loss_sum(module, base, batch).backward()
+        assert calls == [1 + (i < count) for i in range(2)]
         gradients.append([p.grad for p in trainable(module).values()])
-    assert all(g is not None and torch.equal(g, h) for g, h in zip(*gradients, strict=True))
+    kept = gradients[0]
+    for recomputed in gradients[1:]:
+        assert all(
+            g is not None and torch.equal(g, h) for g, h in zip(kept, recomputed, strict=True)
+        )
+
+
+def _count_mlp_calls(model) -> list[int]:
+    """How often each block's MLP is called, from now on."""
+    calls = [0] * len(model.model.layers)
+    for index, layer in enumerate(model.model.layers):
+
+        def count(*_, index=index):
+            calls[index] += 1
+
+        layer.mlp.register_forward_hook(count)
+    return calls
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
@@ -349,7 +369,7 @@ def test_bf16_follows_fp32_and_keeps_fp32_weights(folder, tmp_path, adapter):
         train = settings(precision=precision)
         spec = ModelSpec(base_model=str(folder), adapter=adapter)
         base = load_base(folder, spec, train.precision, CPU)
-        module = prepare_model(base, spec, seed=0, gradient_checkpointing=False)
+        module = prepare_model(base, spec, seed=0)
         trainer, _, metrics = run_trainer(folder, tmp_path, train, name=precision, module=module)
         assert {p.dtype for p in trainer.parallel.parameters.values()} == {torch.float32}
         runs[precision] = [m["loss"] for m in metrics]

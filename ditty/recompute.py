@@ -1,0 +1,113 @@
+"""Blocks that drop their activations, and compute them again in the backward pass.
+
+How many of them follows from the memory that the GPU has (ditty.memory).
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ditty.batches import Bounds
+from ditty.choices import ActivationCheckpointing
+from ditty.errors import LESS_MEMORY
+from ditty.memory import Held, Memory, Sizes, budget_of, itemsize, plan_memory
+from ditty.parallel import Parallel
+from ditty.sharded import is_cut
+from ditty.skeleton import blocks
+from ditty.spec import TrainSpec
+from ditty.world import World
+from ditty.zero import is_zero
+
+log = logging.getLogger(__name__)
+
+
+def choose_recomputed(
+    parallel: Parallel, train: TrainSpec, bounds: Bounds | None, world: World, *, compiled: bool
+) -> tuple[int, Memory | None]:
+    """How many blocks recompute, the same on all ranks, and the memory that this is planned with.
+
+    Args:
+        bounds: what no micro batch exceeds; None: unknown, and then nothing is planned.
+    """
+    choice, model = train.activation_checkpointing, parallel.model
+    sizes = Sizes.of(model.config.to_dict())
+    planned = world.device.type == "cuda" and bounds is not None and sizes is not None
+    if not planned or is_zero(parallel.module):
+        if choice is ActivationCheckpointing.ALL and not is_zero(parallel.module):
+            return len(blocks(model)), None
+        if choice is ActivationCheckpointing.AUTO and world.device.type == "cuda":
+            log.info("all activations are kept: the memory of this training is not predicted")
+        return 0, None
+    assert bounds is not None and sizes is not None
+    _, card = torch.cuda.mem_get_info(world.device)
+    smallest = min(world.gather(budget_of(train, card)))
+    held = held_by(parallel, train, compiled=compiled)
+    memory = plan_memory(train, sizes, held, bounds.tokens, smallest)
+    log.info("memory: %s", memory.describe())
+    if memory.peak > smallest:
+        log.warning("that is more than there is: %s", LESS_MEMORY)
+    return max(world.gather(memory.recomputed)), memory
+
+
+def held_by(parallel: Parallel, train: TrainSpec, *, compiled: bool) -> Held:
+    """What this process holds of a model that is loaded."""
+    model, size = parallel.model, itemsize(train.precision)
+    here = [_local(p) for p in parallel.module.parameters()]
+    buffers = [b for b in parallel.module.buffers() if b.is_cuda]
+    trained = sum(part.value.numel() for part in parallel.parts if part.value.is_cuda)
+    full = all(p.requires_grad for p in model.parameters())
+    copies = 0.0
+    if is_cut(parallel.module):
+        group = [p for block in blocks(model)[:1] for p in block.parameters()]
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+        words = {id(p): p for layer in layers if layer is not None for p in layer.parameters()}
+        whole = [*group, *group, *words.values()]
+        copies = float(sum(p.numel() * min(p.itemsize, size) for p in whole))
+    elif full and size == 2:
+        copies = float(size * trained)
+    return Held(
+        weights=float(sum(t.nbytes for t in (*here, *buffers) if t.is_cuda)),
+        trained=float(trained),
+        copies=copies,
+        full=full,
+        compiled=compiled,
+        dropout=any(
+            isinstance(m, torch.nn.Dropout) and m.p > 0 and "lora_dropout" in name
+            for name, m in parallel.module.named_modules()
+        ),
+    )
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+
+
+def recompute_blocks(model: PreTrainedModel, count: int) -> None:
+    """Let the first `count` blocks of `model` recompute.
+
+    The first ones: when the backward pass comes to them, all that later blocks have kept is gone.
+    What a block computes may be compiled; this goes around it (within, PyTorch would compile
+    nothing, and say nothing of it).
+
+    Raises:
+        ModelError: the model names no blocks.
+    """
+    if not count:
+        return
+    for block in blocks(model)[:count]:
+        _recompute(block)
+
+
+def _recompute(block: Any) -> None:
+    inner = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+
+    block.forward = forward

@@ -1,0 +1,142 @@
+"""Predicted GPU memory, against what was measured, and what `auto` makes of it."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ditty.choices import ActivationCheckpointing
+from ditty.memory import Sizes, budget_of, expect_held, plan_memory
+from ditty.model import add_adapter
+from ditty.parallel import make_parallel
+from ditty.recompute import held_by
+from ditty.shapes import SHAPES
+from ditty.spec import RunSpec, TrainSpec
+from ditty.world import single
+from tests.architectures import TRAINED
+
+CARD = 80e9
+
+
+def spec_of(model: dict | None = None, **train) -> RunSpec:
+    return RunSpec.model_validate(
+        {
+            "name": "x",
+            "data": {"source": "x.jsonl"},
+            "model": {"base_model": "m", **(model or {})},
+            "train": {"gradient_accumulation_steps": 1, **train},
+        }
+    )
+
+
+def memory_of(shape: str, rows: int, spec: RunSpec, budget: float | None = None):
+    sizes = Sizes.of(SHAPES[shape].config())
+    assert sizes is not None
+    return plan_memory(spec.train, sizes, expect_held(spec, sizes), rows * 2048, budget)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "model", "measured_gb"),
+    # Peaks that torch told on one H200 (torch 2.11), nothing recomputed, rows of 2,048 tokens.
+    [
+        ("1b", 8, {}, 27.2),
+        ("1b", 8, {"adapter": "none"}, 43.3),
+        ("1b", 8, {"quantization": "nf4"}, 24.7),
+        ("8b", 4, {}, 60.5),
+        ("8b", 4, {"quantization": "nf4"}, 48.0),
+    ],
+)
+def test_peaks_are_those_that_were_measured(shape, rows, model, measured_gb):
+    assert memory_of(shape, rows, spec_of(model)).peak / 1e9 == pytest.approx(measured_gb, rel=0.1)
+
+
+def test_sizes_count_the_weights_that_transformers_makes():
+    for name in ("1b", "8b"):
+        config = LlamaConfig(**SHAPES[name].config())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        sizes = Sizes.of(config.to_dict())
+        assert sizes is not None
+        total = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+        assert sizes.linear_weights + sizes.word_weights == total
+        assert len(model.model.layers) == sizes.layers
+
+
+def test_what_is_expected_is_what_is_held_once_it_is_loaded():
+    """The plan's count of LoRA's weights, against peft's own on the same model."""
+    spec = spec_of({"lora_r": 8, "lora_dropout": 0.1}, precision="fp32")
+    config = LlamaConfig(**SHAPES["tiny"].config() | {"dtype": "float32"})
+    model = AutoModelForCausalLM.from_config(config)
+    module = add_adapter(model, spec.model, 0)
+    held = held_by(make_parallel(module, spec.train, single()), spec.train, compiled=False)
+    sizes = Sizes.of(config.to_dict())
+    assert sizes is not None
+    expected = expect_held(spec, sizes)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert expected.trained == trained
+    assert (held.full, held.dropout, held.compiled) == (False, True, False)
+    assert (expected.full, expected.dropout, expected.compiled) == (False, True, False)
+    assert held.weights == 0  # on a GPU: this is a CPU
+
+
+def test_auto_recomputes_no_more_than_it_must():
+    spec = spec_of()
+    kept = memory_of("8b", 4, spec)
+    assert kept.recomputed == 0 and kept.budget is None
+    every = memory_of("8b", 4, spec_of(activation_checkpointing="all"), CARD)
+    assert every.recomputed == 32 and every.peak < 25e9 < kept.peak
+    assert memory_of("8b", 4, spec, kept.peak).recomputed == 0
+    counts = []
+    for budget in (60e9, 50e9, 40e9, 30e9, 24e9):
+        found = memory_of("8b", 4, spec, budget)
+        assert found.peak <= budget
+        counts.append(found.recomputed)
+    assert counts == sorted(counts) and 0 < counts[0] < counts[-1] < 32
+    # One block fewer would be too much.
+    assert found.peak + (kept.peak - every.peak) / 32 > budget
+    assert memory_of("8b", 4, spec, 10e9).recomputed == 32  # does not fit at all: and says so
+    assert memory_of("8b", 4, spec_of(activation_checkpointing="none"), 10e9).recomputed == 0
+
+
+def test_the_budget_is_the_cards_or_the_specs():
+    assert budget_of(TrainSpec(), CARD) == pytest.approx(0.92 * CARD)
+    assert budget_of(TrainSpec(max_memory_gb=20), CARD) == 20e9
+    assert budget_of(TrainSpec(max_memory_gb=500), CARD) == pytest.approx(0.92 * CARD)
+
+
+def test_two_processes_hold_half_each_and_what_they_gather():
+    alone = memory_of("8b", 4, spec_of({"quantization": "nf4"}))
+    both = spec_of({"quantization": "nf4"}, sharding="fsdp2")
+    both = both.model_copy(update={"launch": both.launch.model_copy(update={"num_processes": 2})})
+    cut = memory_of("8b", 4, both)
+    words = 2 * 2 * 128256 * 4096
+    assert alone.weights / 2 + words < cut.weights < alone.weights / 2 + words * 1.15
+    assert cut.activations == alone.activations
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_sizes_of_other_architectures_are_right_or_unknown(name):
+    config = TRAINED[name]
+    sizes = Sizes.of(config.to_dict())
+    if sizes is None:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = sum(
+        m.weight.numel()
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
+    )
+    assert sizes.linear_weights == linear
+
+
+def test_describe_says_where_it_goes_and_what_is_recomputed():
+    line = memory_of("8b", 4, spec_of(), 40e9).describe()
+    assert "of 40.0 GB a process (weights 1" in line and "of 32 blocks recomputed" in line
+
+
+def test_the_choice_is_no_part_of_the_training_identity():
+    from ditty.stages import training_identity
+
+    one, other = spec_of(), spec_of(activation_checkpointing="all", max_memory_gb=3)
+    assert training_identity(one, "m", "p") == training_identity(other, "m", "p")
+    assert ActivationCheckpointing("auto") is one.train.activation_checkpointing
