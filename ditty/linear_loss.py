@@ -117,7 +117,10 @@ def _add_gradients(
     by_input, by_weight, by_bias = gradients
     if by_input is not None:
         torch.mm(dlogits, w, out=by_input[rows])
-    if by_weight is not None:
+    if by_weight is not None and w.is_cuda and w.dtype != torch.float32:
+        # Added up in fp32 within the product; as a sum of its own it took as long as the product.
+        torch.addmm(by_weight, dlogits.T, x[rows], out_dtype=torch.float32, out=by_weight)
+    elif by_weight is not None:
         by_weight += dlogits.T @ x[rows]
     if by_bias is not None:
         by_bias += dlogits.sum(dim=0, dtype=torch.float32)

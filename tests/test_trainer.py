@@ -358,7 +358,7 @@ def _count_mlp_calls(model) -> list[int]:
         def count(*_, index=index):
             calls[index] += 1
 
-        layer.mlp.register_forward_hook(count)
+        layer.mlp.register_forward_pre_hook(count)
     return calls
 
 
