@@ -28,8 +28,9 @@ SHARE = 0.92
 """Of a card's memory that is planned with: the rest is CUDA's own, and what lies between blocks."""
 
 # Logits are made for so many (token, word) pairs at a time: see ditty.linear_loss. Each one in the
-# arithmetic's dtype with its gradient, and once in fp32.
+# arithmetic's dtype with its gradient, and most of it in fp32.
 LOGITS_AT_ONCE = 1 << 28
+FP32_LOGIT_BYTES = 3  # measured: all of them are never there at once
 STATE_BYTES = {  # of the optimizer, for a trained weight
     Optimizer.ADAMW: 8.0,
     Optimizer.ADAMW_8BIT: 2.0,
@@ -194,7 +195,8 @@ def _memory(train: TrainSpec, sizes: Sizes, held: Held, tokens: int, recomputed:
     size = itemsize(train.precision)
     a_block, boundary = _block_elements(sizes, held) * size, sizes.hidden * size
     kept = sizes.layers - recomputed
-    head = min(LOGITS_AT_ONCE, tokens * sizes.vocabulary) * (2 * size + 4) + tokens * boundary
+    head = min(LOGITS_AT_ONCE, tokens * sizes.vocabulary) * (2 * size + FP32_LOGIT_BYTES)
+    head += tokens * boundary
     if held.full:  # the head's gradient, and once more in the dtype of the arithmetic
         head += sizes.vocabulary * sizes.hidden * (4 + size)
     # A recomputed block's activations, and the gradients on the way through it, come when the
