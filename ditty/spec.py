@@ -120,8 +120,8 @@ class TrainSpec(Section):
     model and the sharding allow it; the log says where not."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.AUTO
     """Which blocks recompute their activations in the backward pass (a third more work for each):
-    by default, on GPUs, only as many as do not fit the memory otherwise. The result is the same, but
-    for the rounding of compiled blocks on GPUs."""
+    by default, on GPUs, only as many as do not fit the memory otherwise. The result is the same,
+    but for the rounding of compiled blocks on GPUs."""
     max_memory_gb: float | None = Field(default=None, gt=0)
     """GPU memory, in GB (1e9 bytes), that `activation_checkpointing: auto` may plan with; by
     default 92% of the card's."""

@@ -186,6 +186,7 @@ def _free_gpu(device: str) -> None:
 
         import torch
 
+        torch._dynamo.reset()  # or each training's programs are guards to try for the next ones
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -31,6 +31,7 @@ MODELS = {
     "qlora": {"lora_r": 8, "quantization": "nf4"},
 }
 SHARDINGS = ("ddp", "fsdp2", "zero3")
+COMPILED = ("ddp", "fsdp2")  # some 10 s each: the other trainings leave their blocks as they stand
 # On one GPU there is nothing to replicate: `ddp` is a single process.
 FSDP2_ODDITIES = {
     "offload-lora": ("lora", {"cpu_offload": True}),
@@ -68,7 +69,7 @@ def scenario(root, name, sharding, model, precision, **options):
     train = {
         "max_steps": STEPS, "precision": precision, "micro_batch_size": 2,
         "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "warmup_steps": 2,
-        "save_steps": 5, "sharding": sharding, **options.pop("train", {}),
+        "save_steps": 5, "sharding": sharding, "compile": False, **options.pop("train", {}),
     }  # fmt: skip
     kind = model.get("quantization")
     folder = {"nf4": f"nf4-{precision}", "int8": "int8"}.get(kind, "model")
@@ -97,6 +98,16 @@ def all_jobs(root):
                     root, f"{name}-a", sharding, keys, precision, home=f"{name}-r", stop_before=7
                 )
                 yield scenario(root, f"{name}-r", sharding, keys, precision, home=f"{name}-r")
+    for model, keys in MODELS.items():
+        for sharding in COMPILED:
+            name = f"compiled-{model}-{sharding}"
+            train = {"compile": True}
+            yield scenario(root, name, sharding, keys, "bf16", train=train)
+            yield scenario(
+                root, f"{name}-a", sharding, keys, "bf16", train=train, home=f"{name}-r",
+                stop_before=7,
+            )  # fmt: skip
+            yield scenario(root, f"{name}-r", sharding, keys, "bf16", train=train, home=f"{name}-r")
     for name, (model, train) in FSDP2_ODDITIES.items():
         keys = MODELS[model]
         yield scenario(root, name, "fsdp2", keys, "bf16", train=train)
@@ -178,6 +189,19 @@ def test_the_matrix(root, results, precision, model, capsys):
         if sharding != "ddp" and GPUS > 1:
             assert max(found["kept"]) < 0.65 * reference["kept"][0]
     assert not failures
+
+
+@pytest.mark.parametrize("sharding", COMPILED)
+@pytest.mark.parametrize("model", MODELS)
+def test_compiled_blocks(root, results, model, sharding, capsys):
+    name = f"compiled-{model}-{sharding}"
+    found = results[name]
+    apart = difference(found, results[f"bf16-{model}-{sharding}"])
+    resumed_at = first_difference(results[f"{name}-r"], found)
+    with capsys.disabled():
+        print(f"\n{name}: from uncompiled {apart:.1e}, resumed otherwise from {resumed_at}", end="")
+    assert found["programs"] > 0 and apart <= BOUNDS["bf16"]
+    assert same_bits(root, results, f"{name}-r", name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
