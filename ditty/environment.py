@@ -6,6 +6,7 @@ The environment of a child is an allow-list, what the spec names, and what ditty
 import math
 import os
 import re
+import subprocess
 from pathlib import Path
 
 from ditty.choices import Device
@@ -148,6 +149,16 @@ def resolve_device(launch: LaunchSpec) -> str:
             f"one process drives one GPU, so use at most {gpus}, or device: cpu"
         )
     return Device.CUDA.value
+
+
+def gpu_bytes() -> float | None:
+    """Memory of the machine's smallest NVIDIA GPU, in bytes; None where its driver does not say."""
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
+        return min(float(line) for line in told.split()) * (1 << 20)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def _visible_gpus() -> int:

@@ -3,12 +3,17 @@
 import math
 import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ditty import basemodel, preflight, share, stages
 from ditty.artifacts import Manifest, Store
-from ditty.environment import resolve_device
+from ditty.choices import Device
+from ditty.environment import gpu_bytes, resolve_device
+from ditty.errors import LESS_MEMORY
+from ditty.files import read_json
 from ditty.legal import Strategy
+from ditty.memory import Sizes, budget_of, expect_held, plan_memory
 from ditty.remote import Remote, final_name
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -38,13 +43,15 @@ class PlannedStage:
 class RunPlan:
     """A plan of the whole run; `steps` and `epochs` are None while the rows are not counted.
 
-    `strategy` says in one line what is trained, beside what, and held where.
+    `strategy` says in one line what is trained, beside what, and held where; `memory`, where that
+    of a GPU goes (ditty.memory), or nothing where it is not predicted.
     """
 
     name: str
     device: str
     num_processes: int
     strategy: str
+    memory: str
     global_batch_size: int
     steps: int | None
     epochs: float | None
@@ -81,7 +88,22 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
     device = resolve_device(spec.launch)
     processes = spec.launch.world_size
     strategy = Strategy.of(spec).describe()
-    return RunPlan(spec.name, device, processes, strategy, batch, steps, epochs, tuple(planned))
+    memory = _memory(spec, line.model_dir) if device == Device.CUDA else ""
+    work = (batch, steps, epochs, tuple(planned))
+    return RunPlan(spec.name, device, processes, strategy, memory, *work)
+
+
+def _memory(spec: RunSpec, model_dir: Path | None) -> str:
+    config = read_json(model_dir / "config.json") if model_dir else None
+    sizes = Sizes.of(config) if config else None
+    if sizes is None:
+        return ""
+    card = gpu_bytes()
+    budget = budget_of(spec.train, card) if card else None
+    tokens = spec.train.micro_batch_size * spec.data.seq_len
+    memory = plan_memory(spec.train, sizes, expect_held(spec, sizes), tokens, budget)
+    too_much = budget is not None and memory.peak > budget
+    return memory.describe() + (f". That is too much: {LESS_MEMORY}" if too_much else "")
 
 
 def _done(ref: stages.StageRef, spec: RunSpec, store: Store) -> Manifest | None:

@@ -179,6 +179,8 @@ def plan(
     epochs = "" if made.epochs is None else f" ({made.epochs:.2f} epochs)"
     console.print(f"steps: {steps}{epochs}, {made.global_batch_size} rows each")
     console.print(f"training: {made.strategy}; on {made.device}")
+    if made.memory:
+        console.print(f"memory: {made.memory}")
 
 
 def lineage(

@@ -1,6 +1,7 @@
 """A user's mistakes: each a clear error, before a process is started or a GPU touched."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,24 @@ def test_a_good_spec_passes_and_its_plan_turns_cached(tmp_path, no_process):
     changed = make_plan(make_spec(tmp_path, data__seq_len=32), Store())
     assert [p.state for p in changed.stages] == ["cached"] + ["will run"] * 3
     assert "after tokenize" in changed.stages[2].why
+
+
+def test_a_plan_says_where_the_memory_of_a_gpu_goes(tmp_path, monkeypatch):
+    assert make_plan(make_spec(tmp_path), Store()).memory == ""
+    monkeypatch.setattr("ditty.plan.resolve_device", lambda _: "cuda")
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 16384\necho 24576\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    said = make_plan(make_spec(tmp_path), Store()).memory
+    assert f"of {0.92 * 16384 * 2**20 / 1e9:.1f} GB a process" in said  # the smaller card's
+    assert "0 of 2 blocks recomputed" in said and "too much" not in said
+    tool.write_text("#!/bin/sh\necho 1\n")
+    said = make_plan(make_spec(tmp_path, train__micro_batch_size=512), Store()).memory
+    assert "2 of 2 blocks recomputed. That is too much: lower train.micro_batch_size" in said
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert " GB a process (weights" in make_plan(make_spec(tmp_path), Store()).memory
 
 
 def test_a_plan_needs_no_target_before_there_is_a_result(tmp_path, no_process):
