@@ -1,7 +1,6 @@
 """`Pipeline`: fine-tune from Python. Subclass it, override `dataset()`, call `run()`."""
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from ditty.choices import FinalWeights
 from ditty.environment import resolve_device
 from ditty.errors import ModelError, RunBusy, SpecError
 from ditty.feed import LoaderFeed
-from ditty.files import locked, sha256_bytes
+from ditty.files import sha256_bytes
 from ditty.load import load_module
 from ditty.model import save_trained
+from ditty.modelstages import base_folder, quantized_folder
 from ditty.parallel import whole_weights
 from ditty.rundir import RunDir
 from ditty.spec import LaunchSpec, ModelSpec, RunSpec, TrainSpec
@@ -88,39 +88,15 @@ class Pipeline:
         )
 
     def model_dir(self) -> Path:
-        """The base model's folder, fetched (and a .gguf converted) on first use."""
-        with locked(self.store.lock("fetch", basemodel.key(self.base)).path):
-            found = basemodel.locate(self.base, self.store)
-            if found:
-                return found
-            if self.base.kind == basemodel.Kind.HUB:
-                return basemodel.fetch(self.base, self.store)
-            from ditty.convert import convert_gguf
-
-            facts = {"stage": "fetch", "inputs": self.base.identity}
-            convert = partial(convert_gguf, Path(self.base.name))
-            self.store.build("fetch", basemodel.key(self.base), facts, convert)
-        return self.model_dir()
+        """The base model's folder, fetched (.gguf and .bin files converted) on first use."""
+        return base_folder(self.base, self.spec, self.store)
 
     def weights_dir(self) -> Path:
         """The folder that is loaded: the base model's, or its quantized twin from the store."""
-        if not stages.prequantizes(self.spec):
-            return self.model_dir()
         source = self.model_dir()
-        ref = stages.prequantize_ref(self.spec, basemodel.key(self.base))
-        with locked(self.store.lock(ref.stage, ref.key).path):
-            facts = {"stage": ref.stage, "inputs": ref.inputs}
-            make = partial(self._quantize, source)
-            self.store.build(ref.stage, ref.key, facts, make, resumable=True)
-        return self.store.path(ref.stage, ref.key)
-
-    def _quantize(self, source: Path, out: Path) -> dict[str, Any]:
-        from ditty.quantize import quantize
-
-        to, dtype = self.spec.model.quantization, stages.base_dtype(self.spec)
-        trust = self.spec.model.trust_remote_code
-        device = resolve_device(LaunchSpec())
-        return quantize(source, out, to, dtype, device=device, trust_remote_code=trust)
+        if not stages.prequantizes(self.spec):
+            return source
+        return quantized_folder(source, self.spec, self.store, resolve_device(LaunchSpec()))
 
     def run(self) -> Outcome:
         """Train, resuming from the newest checkpoint; write the result to `output_dir`/final.

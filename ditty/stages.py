@@ -148,7 +148,7 @@ def resolve_model(spec: RunSpec, store: Store) -> StageLine:
     base = basemodel.identify(spec.model.base_model, spec.model.revision)
     refs = list(_fetch_refs(base))
     if prequantizes(spec):
-        refs.append(prequantize_ref(spec, basemodel.key(base)))
+        refs.append(_prequantize_ref(spec, basemodel.key(base)))
     return StageLine(base, basemodel.locate(base, store), tuple(refs))
 
 
@@ -199,7 +199,7 @@ def prequantizes(spec: RunSpec) -> bool:
     return spec.model.quantization is not Quantization.NONE and not offloads
 
 
-def prequantize_ref(spec: RunSpec, model_key: str) -> StageRef:
+def _prequantize_ref(spec: RunSpec, model_key: str) -> StageRef:
     """The stage that quantizes the base model `model_key` once."""
     to = spec.model.quantization
     inputs = {"model": model_key, "quantization": to.value, "dtype": base_dtype(spec)}

@@ -326,7 +326,12 @@ class Trainer:
             "best_step": self.progress.best_step,
             "loss_scale": asdict(self.loss_scale),
         }
+        started = time.perf_counter()
         self.checkpointer.save(step, self.parallel, state)
+        if self.world.main:
+            stalled = time.perf_counter() - started  # the rest happens beside the next steps
+            record = {"kind": "save", "step": step, "stalled_seconds": stalled, "time": time.time()}
+            append_record(self.run.metrics_file, record)
 
     def evaluate(self, step: int) -> bool:
         """Append the held-out loss to the metrics, and samples; whether it is the best so far."""

@@ -85,33 +85,18 @@ class Shown:
 
 def convert(job: Job, attempt: Path) -> Result:
     """The `fetch` stage of a GGUF file, or of a folder with .bin files."""
-    if job.model_dir.is_dir():
-        from ditty.unpickle import convert_pickled
+    from ditty.modelstages import fetches
 
-        def make(out: Path) -> dict[str, Any]:
-            return convert_pickled(job.model_dir, out, Shown("converted"))
-
-        return _build(job, "fetch", make, resumable=True)
-    from ditty.convert import convert_gguf
-
-    return _build(job, "fetch", lambda out: convert_gguf(job.model_dir, out))
+    make, resumable = fetches(job.model_dir, Shown("converted"))
+    return _build(job, "fetch", make, resumable=resumable)
 
 
 def prequantize(job: Job, attempt: Path) -> Result:
     """The `prequantize` stage."""
-    from ditty.quantize import quantize
+    from ditty.modelstages import quantizes
 
-    def make(out: Path) -> dict[str, Any]:
-        return quantize(
-            job.model_dir,
-            out,
-            job.spec.model.quantization,
-            job.inputs["dtype"],
-            progress=Shown("quantized"),
-            device=job.device,
-            trust_remote_code=job.spec.model.trust_remote_code,
-        )
-
+    dtype = job.inputs["dtype"]
+    make = quantizes(job.model_dir, job.spec.model, dtype, job.device, Shown("quantized"))
     return _build(job, "prequantize", make, resumable=True)
 
 

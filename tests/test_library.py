@@ -9,12 +9,13 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ditty import Data, Pipeline
+from ditty import Data, Pipeline, quantize, shards, share, unpickle
 from ditty.errors import DataError, SpecError
 from ditty.feed import packed_feed, row_lengths
 from ditty.rundir import RunDir
 from ditty.spec import TrainSpec
 from ditty.world import World
+from tests.test_unpickle import pickled
 from tests.tiny import make_model_folder, make_tokenizer, random_rows
 
 
@@ -170,6 +171,25 @@ def test_pipeline_trains_resumes_and_saves_what_transformers_loads(tmp_path, ada
     else:
         config = json.loads((tmp_path / "whole/final/adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == folder
+
+
+def test_a_pipeline_converts_bin_files_and_shares_what_it_has_made(tmp_path, monkeypatch):
+    folder = pickled(make_model_folder(tmp_path / "model"), tmp_path / "old")
+    options = {**OPTIONS, "adapter": "lora", "quantization": "nf4", "max_steps": 1}
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setenv(share.VARIABLE, f"file://{tmp_path / 'shared'}")
+    made = []
+    real = shards.write_shards
+    for module in (quantize, unpickle):
+        monkeypatch.setattr(module, "write_shards", lambda *a: (made.append(a), real(*a))[1])
+    outcomes = []
+    for home in ("one", "two"):
+        monkeypatch.setenv("DITTY_HOME", str(tmp_path / home))
+        assert Mine(str(folder), output_dir=str(tmp_path / f"out-{home}"), **options).run().finished
+        outcomes.append(load_file(tmp_path / f"out-{home}" / "final/adapter_model.safetensors"))
+        assert len(made) == 2, "converted and quantized once, by the first"
+    one, two = outcomes
+    assert one and all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_pipeline_loss_is_that_of_transformers(tmp_path):
