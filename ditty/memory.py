@@ -124,6 +124,11 @@ class Memory:
         """All of it."""
         return self.weights + self.optimizer + self.gradients + self.activations + self.head
 
+    @property
+    def fits(self) -> bool:
+        """Whether the budget, if there is one, is enough."""
+        return self.budget is None or self.peak <= self.budget
+
     def describe(self) -> str:
         """One line for people."""
         parts = {
@@ -180,7 +185,7 @@ def plan_memory(
         counts = list(range(sizes.layers + 1))
     for recomputed in counts:
         found = replace(_memory(train, sizes, held, tokens, recomputed), budget=budget)
-        if budget is not None and found.peak <= budget:
+        if found.fits:
             break
     return found
 

@@ -3,17 +3,14 @@
 import math
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ditty import basemodel, preflight, share, stages
 from ditty.artifacts import Manifest, Store
-from ditty.choices import Device
-from ditty.environment import gpu_bytes, resolve_device
+from ditty.environment import resolve_device
 from ditty.errors import LESS_MEMORY
-from ditty.files import read_json
+from ditty.fit import expected_memory, fitted
 from ditty.legal import Strategy
-from ditty.memory import Sizes, budget_of, expect_held, plan_memory
 from ditty.remote import Remote, final_name
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -87,23 +84,14 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
     epochs = steps * batch / rows if rows and steps else None
     device = resolve_device(spec.launch)
     processes = spec.launch.world_size
-    strategy = Strategy.of(spec).describe()
-    memory = _memory(spec, line.model_dir) if device == Device.CUDA else ""
+    chosen, why = fitted(spec, line.model_dir)
+    strategy = Strategy.of(chosen).describe() + (f" ({why})" if why else "")
+    found = expected_memory(chosen, line.model_dir)
+    memory = found.describe() if found else ""
+    if found and not found.fits:
+        memory += f". That is too much: {LESS_MEMORY}"
     work = (batch, steps, epochs, tuple(planned))
     return RunPlan(spec.name, device, processes, strategy, memory, *work)
-
-
-def _memory(spec: RunSpec, model_dir: Path | None) -> str:
-    config = read_json(model_dir / "config.json") if model_dir else None
-    sizes = Sizes.of(config) if config else None
-    if sizes is None:
-        return ""
-    card = gpu_bytes()
-    budget = budget_of(spec.train, card) if card else None
-    tokens = spec.train.micro_batch_size * spec.data.seq_len
-    memory = plan_memory(spec.train, sizes, expect_held(spec, sizes), tokens, budget)
-    too_much = budget is not None and memory.peak > budget
-    return memory.describe() + (f". That is too much: {LESS_MEMORY}" if too_much else "")
 
 
 def _done(ref: stages.StageRef, spec: RunSpec, store: Store) -> Manifest | None:

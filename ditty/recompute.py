@@ -48,7 +48,7 @@ def choose_recomputed(
     held = held_by(parallel, train, compiled=compiled)
     memory = plan_memory(train, sizes, held, bounds.tokens, smallest)
     log.info("memory: %s", memory.describe())
-    if memory.peak > smallest:
+    if not memory.fits:
         log.warning("that is more than there is: %s", LESS_MEMORY)
     return max(world.gather(memory.recomputed)), memory
 

@@ -181,11 +181,12 @@ def train(job: Job, attempt: Path) -> Result:
     world = join_world(
         job.device, job.spec.launch.world_size, job.spec.launch.collective_timeout_seconds
     )
-    keys = world.gather(job.key)
+    keys = world.gather(f"{job.key[:12]}, sharded by {job.spec.train.sharding}")
     if len(set(keys)) > 1:
         raise RunError(
-            f"the machines run different specs: the training's key is {keys[0][:12]} on the first "
-            f"and {next(k for k in keys if k != keys[0])[:12]} on another. Start the same on all"
+            f"the machines run different specs: the training's key is {keys[0]} on the first and "
+            f"{next(k for k in keys if k != keys[0])} on another. Start the same on all (where "
+            "their GPUs differ, name train.sharding)"
         )
     run = RunDir.named(job.spec.name, job.home)
     lock = run.training_lock()

@@ -18,6 +18,7 @@ from ditty.artifacts import Store
 from ditty.environment import resolve_device
 from ditty.errors import Crashed
 from ditty.files import read_json, write_json
+from ditty.fit import fitted
 from ditty.remote import Remote
 from ditty.rundir import CRASH_FILE, RunDir
 from ditty.spec import RunSpec
@@ -84,6 +85,9 @@ def run_attempt(ref: StageRef, work: Work) -> None:
     """
     log = get_run_logger()
     run, spec = work.run, work.spec
+    chosen, why = fitted(spec, work.model_dir)
+    if why:
+        log.info("%s", why)
     with ExitStack() as stack:
         if spec.upload.url and fetch_result(
             work.store, Remote(spec.upload.url), spec.name, ref.key, log
@@ -99,7 +103,7 @@ def run_attempt(ref: StageRef, work: Work) -> None:
         try:
             result = launch.run_stage(
                 "train",
-                work.job(ref),
+                replace(work, spec=chosen).job(ref),
                 attempt,
                 spec.launch,
                 distributed=True,

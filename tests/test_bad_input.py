@@ -83,7 +83,8 @@ def test_a_good_spec_passes_and_its_plan_turns_cached(tmp_path, no_process):
 
 def test_a_plan_says_where_the_memory_of_a_gpu_goes(tmp_path, monkeypatch):
     assert make_plan(make_spec(tmp_path), Store()).memory == ""
-    monkeypatch.setattr("ditty.plan.resolve_device", lambda _: "cuda")
+    for module in ("plan", "fit"):
+        monkeypatch.setattr(f"ditty.{module}.resolve_device", lambda _: "cuda")
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho 16384\necho 24576\n")

@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ditty.choices import ActivationCheckpointing
+from ditty.choices import ActivationCheckpointing, Sharding
+from ditty.fit import fitted
 from ditty.memory import Sizes, budget_of, expect_held, plan_memory
 from ditty.model import add_adapter
 from ditty.parallel import make_parallel
 from ditty.recompute import held_by
 from ditty.shapes import SHAPES
-from ditty.spec import RunSpec, TrainSpec
+from ditty.spec import LaunchSpec, RunSpec, TrainSpec
 from ditty.world import single
 from tests.architectures import TRAINED
 
@@ -140,3 +141,38 @@ def test_the_choice_is_no_part_of_the_training_identity():
     one, other = spec_of(), spec_of(activation_checkpointing="all", max_memory_gb=3)
     assert training_identity(one, "m", "p") == training_identity(other, "m", "p")
     assert ActivationCheckpointing("auto") is one.train.activation_checkpointing
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """A base model's folder of 8B's sizes, and a machine whose GPUs have so many GB."""
+    LlamaConfig(**SHAPES["8b"].config()).save_pretrained(tmp_path)
+
+    def give(gigabytes: float | None):
+        monkeypatch.setattr("ditty.fit.resolve_device", lambda _: "cuda")
+        card = None if gigabytes is None else gigabytes * 1e9
+        monkeypatch.setattr("ditty.fit.gpu_bytes", lambda: card)
+        return tmp_path
+
+    return give
+
+
+def pair_of(model: dict | None = None, **train) -> RunSpec:
+    return spec_of(model, **train).model_copy(update={"launch": LaunchSpec(num_processes=2)})
+
+
+def test_auto_makes_replicas_where_they_fit_and_cuts_where_they_do_not(gpus):
+    spec = pair_of({"quantization": "nf4"})
+    roomy, why = fitted(spec, gpus(80))
+    assert roomy.sharding is Sharding.DDP and "a copy of everything fits" in why
+    tight, why = fitted(pair_of(), gpus(16))
+    assert tight.sharding is Sharding.FSDP2 and "would not fit" in why and "of 14.7 GB" in why
+    kept, why = fitted(pair_of(optimizer="muon"), gpus(16))
+    assert kept.sharding is Sharding.DDP and "may not fit" in why and "muon looks at whole" in why
+
+
+def test_auto_has_nothing_to_choose(gpus):
+    for spec, cards in ((spec_of(), 1), (pair_of(sharding="fsdp2"), 80), (pair_of(), None)):
+        found, why = fitted(spec, gpus(cards))
+        assert found.sharding is spec.sharding and not why
+    assert fitted(pair_of(), None)[0].sharding is Sharding.DDP  # a model that is not fetched yet
