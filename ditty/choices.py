@@ -14,8 +14,11 @@ class DataFormat(StrEnum):
     """The shape of a row after the operations."""
 
     MESSAGES = "messages"
+    CONVERSATIONS = "conversations"
     PROMPT_COMPLETION = "prompt_completion"
+    INSTRUCTION = "instruction"
     TEXT = "text"
+    TOKENS = "tokens"
 
 
 class LossOn(StrEnum):
@@ -23,6 +26,7 @@ class LossOn(StrEnum):
 
     ASSISTANT = "assistant"
     COMPLETION = "completion"
+    LABELS = "labels"
     ALL = "all"
 
 

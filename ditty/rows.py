@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty import tables
-from ditty.errors import DataError
+from ditty.errors import DataError, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,7 +104,7 @@ def _table(batch: list[Located], describe: Describe) -> "pa.Table":
     for position, row in batch:
         if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
             raise DataError(
-                f"{describe(position)} holds {_shown(row)}, expected an object with named columns"
+                f"{describe(position)} holds {shown(row)}, expected an object with named columns"
             )
     names = dict.fromkeys(name for _, row in batch for name in row)
     if not names:
@@ -130,7 +130,7 @@ def _blame(name: str, batch: list[Located], describe: Describe, error: Exception
         try:
             pa.array([value])
         except (pa.ArrowException, OverflowError, UnicodeEncodeError) as own:
-            return f"{describe(position)}: column {name!r} holds {_shown(value)}: {own}"
+            return f"{describe(position)}: column {name!r} holds {shown(value)}: {own}"
         if first is None:
             first = position, value
             continue
@@ -138,8 +138,8 @@ def _blame(name: str, batch: list[Located], describe: Describe, error: Exception
             pa.array([first[1], value])
         except (pa.ArrowException, OverflowError):
             return (
-                f"column {name!r} mixes types: {_shown(first[1])} at {describe(first[0])} and "
-                f"{_shown(value)} at {describe(position)}"
+                f"column {name!r} mixes types: {shown(first[1])} at {describe(first[0])} and "
+                f"{shown(value)} at {describe(position)}"
             )
     return f"column {name!r} from {describe(batch[0][0])} on: {error}"
 
@@ -172,8 +172,3 @@ def _conform(spool: Path, count: int, schema: "pa.Schema") -> "Iterator[pa.Table
                 for field in schema
             ]
             yield pa.table(columns, schema=schema)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty import functions, rows, tables
-from ditty.dataspec import DataSpec
+from ditty.dataspec import COLUMNS, DataSpec
 from ditty.errors import DataError
 from ditty.files import canonical_json, read_json, sha256_bytes, sha256_file
 
@@ -227,8 +227,7 @@ def _first(batches: "Iterable[pa.Table]", count: int | None) -> "Iterator[pa.Tab
 
 
 def _text_columns(data: DataSpec) -> list[str]:
-    standard = {"messages", "prompt", "completion", "text"}
-    return sorted(data.columns.get(name, name) for name in standard)
+    return sorted(data.columns.get(name, name) for name in COLUMNS)
 
 
 def _saved_files(data: DataSpec) -> list[Path]:

@@ -23,7 +23,7 @@ VERSIONS = {
     "load": 1,
     "filter": 1,
     "map": 1,
-    "tokenize": 1,
+    "tokenize": 2,
     "pack": 1,
     "prequantize": 3,
     "train": 2,
