@@ -66,8 +66,8 @@ class ChatEncoder:
         """
         if not tokenizer.chat_template:
             raise DataError(
-                f"the tokenizer in {tokenizer.name_or_path} has no chat template: use an instruct "
-                "model, or data.format: prompt_completion"
+                f"the tokenizer in {tokenizer.name_or_path} has no chat template: name one in "
+                "data.chat_template, use an instruct model, or data.format: prompt_completion"
             )
         self._tokenizer = tokenizer
         self._assistant_only = assistant_only

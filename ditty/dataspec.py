@@ -1,5 +1,6 @@
 """The data part of the spec, and what every part of it has in common."""
 
+import re
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -93,6 +94,9 @@ class DataSpec(Section):
     loss_on: LossOn | None = None
     """Supervised tokens; by default those of the assistant, the completion, all of a text, or what
     `labels` says (all, without that column)."""
+    chat_template: str | None = None
+    """Jinja text that takes the place of the tokenizer's chat template, also in the result; in a
+    spec file, or the name of a file beside it that holds the text."""
     seq_len: int = Field(default=1024, ge=8)
     """Tokens in a row, at most."""
     overlong: Overlong = Overlong.TRUNCATE
@@ -117,6 +121,23 @@ class DataSpec(Section):
         unknown = sorted(set(self.columns) - COLUMNS)
         if unknown:
             raise ValueError(f"columns maps {unknown}; expected one of {', '.join(COLUMNS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> "DataSpec":
+        if self.chat_template is None:
+            return self
+        if not re.search(r"\{[{%]", self.chat_template):
+            raise ValueError(
+                f"chat_template: {self.chat_template[:80]!r} is no Jinja text ({{{{ ... }}}}), and "
+                "no file beside a spec file; give one of them"
+            )
+        chats = [f for f, shape in SHAPES.items() if LossOn.ASSISTANT in shape.loss_on]
+        if self.format not in chats:
+            raise ValueError(
+                f"chat_template is for format: {' or '.join(chats)}, not for {self.format}; "
+                "remove it"
+            )
         return self
 
     @property

@@ -17,7 +17,8 @@ from ditty.spec import RunSpec
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a spec file; `overrides` are `section.key=value` with YAML values.
 
-    Relative paths in it are taken relative to the file.
+    Relative paths in it are taken relative to the file; the file that `data.chat_template` names
+    is read here, so that the spec holds its text wherever it goes.
 
     Raises:
         SpecError: unreadable, not YAML, an unknown key, a wrong value, or an illegal pair.
@@ -37,6 +38,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     for override in overrides:
         apply_override(values, override)
     resolve_paths(values, path.parent.absolute())
+    _read_template(values.get("data"), path.parent)
     return parse_spec(values, where=str(path))
 
 
@@ -100,6 +102,23 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
     if isinstance(data, dict) and isinstance(data.get("operations"), list):
         for operation in data["operations"]:
             absolute(operation, "function")
+
+
+def _read_template(data: Any, base: Path) -> None:
+    """Put a chat template's text in the place of its file's name."""
+    named = data.get("chat_template") if isinstance(data, dict) else None
+    if not isinstance(named, str) or "{" in named:
+        return
+    path = base / Path(named).expanduser()
+    if not path.is_file():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = _nearest(path.name, names)
+        hint = f": did you mean {close}?" if close else ", expected Jinja text or a file's name"
+        raise SpecError(f"data.chat_template: there is no file {path}{hint}")
+    try:
+        data["chat_template"] = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"data.chat_template: cannot read {path}: {error}") from error
 
 
 def _explain(error: Any) -> str:

@@ -180,6 +180,8 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
         "supervised": data.supervised.value,
         "options": data.model_dump(mode="json", include=fields),
     }
+    if data.chat_template:
+        inputs["chat_template"] = sha256_bytes(data.chat_template.encode())
     refs.append(make_ref("tokenize", "tokenize", inputs))
     packing = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing}
     refs.append(make_ref("pack", "pack", packing))

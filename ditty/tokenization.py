@@ -47,7 +47,7 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     """
     table = tables.read(source / DATA)
     columns = find_columns(data, table.column_names)
-    encode = make_encoder(data, load_tokenizer(tokenizer_dir))
+    encode = make_encoder(data, load_tokenizer(tokenizer_dir, data.chat_template))
     counts, held_out = _Counts(), _HeldOut(data)
     with (
         tables.TableWriter(out / TRAIN, token_schema()) as train,
@@ -70,9 +70,11 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     return facts
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     """The tokenizer in a folder, without the hub; imports transformers (and so torch).
 
+    Args:
+        chat_template: takes the place of the tokenizer's own.
     Raises:
         DataError: there is none, it is not backed by the tokenizers library, or has no eos token.
     """
@@ -93,6 +95,8 @@ def load_tokenizer(folder: Path) -> Any:
             f"the tokenizer in {folder} has no eos_token, so a model would never learn to stop: "
             "set eos_token in its tokenizer_config.json"
         )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     # A tokenizer.json may carry both from its own training; every length here is ours to decide.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
