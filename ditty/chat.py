@@ -332,7 +332,8 @@ def _common(a: "np.ndarray", b: "np.ndarray") -> int:
 def _no_end(row: int) -> str:
     return (
         f"row {row}: the chat template ends the assistant's turn with no special token, so a model "
-        "trained on it would never stop: use a template that adds one (eos_token)"
+        "trained on it would never stop: name a template in data.chat_template that adds one "
+        "(eos_token)"
     )
 
 
@@ -346,6 +347,6 @@ def _no_prefix(turn: _Turn, whole: str) -> str:
     return (
         f"row {turn.row}, turn {turn.turn}: the chat template renders the conversation so far "
         f"differently once it goes on ({shorter[at : at + 30]!r} becomes {longer[at : at + 30]!r}),"
-        " so the assistant's tokens cannot be told: use a template with {% generation %} marks, "
-        "keep one assistant turn a row, or set data.loss_on: all"
+        " so the assistant's tokens cannot be told: name a template with {% generation %} marks in "
+        "data.chat_template, keep one assistant turn a row, or set data.loss_on: all"
     )
