@@ -72,7 +72,8 @@ class DataSpec(Section):
     """Rows in, packed token rows out."""
 
     source: str
-    """A hub data set, a .jsonl/.json/.csv/.parquet/.txt file, a folder saved by datasets, or
+    """A hub data set; a .jsonl/.json/.csv/.txt file (also .gz, .zst, .bz2) or a .parquet file, a
+    folder of such files or a pattern (`data/*.jsonl`); a folder saved by datasets; or
     `module:function`, which yields rows as dicts."""
     subset: str | None = None
     """The configuration's name of a hub data set."""

@@ -1,17 +1,17 @@
-"""Where rows come from: a file, a folder saved by datasets, a function, or the hub.
+"""Where rows come from: files, a folder saved by datasets, a function, or the hub.
 
 `identify` says what the rows depend on without reading more than it must; `load` turns them into
 `data.arrow`. Local files never go through a cache in the user's home.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty import functions, rows, tables
+from ditty import columnar, datafiles, functions, rows, tables
+from ditty.datafiles import DataFile
 from ditty.dataspec import COLUMNS, DataSpec
 from ditty.errors import DataError
 from ditty.files import canonical_json, read_json, sha256_bytes, sha256_file
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DATA = "data.arrow"
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub to name a commit."""
@@ -34,11 +33,8 @@ def identify(data: DataSpec) -> dict[str, Any]:
             does not answer.
     """
     kind = _kind(data.source)
-    if kind == "file":
-        path = _path(data.source)
-        identity: dict[str, Any] = {"format": path.suffix, "sha256": sha256_file(path)}
-        if path.suffix == ".csv":
-            identity["text_columns"] = _text_columns(data)
+    if kind == "files":
+        identity = _identify_files(datafiles.find(_path(data.source)), data)
     elif kind == "folder":
         files = [[p.name, sha256_file(p)] for p in _saved_files(data)]
         identity = {"sha256": sha256_bytes(canonical_json(files))}
@@ -51,6 +47,14 @@ def identify(data: DataSpec) -> dict[str, Any]:
         identity = {"id": data.source, "commit": hub_commit(data)}
         identity |= {"subset": data.subset, "split": data.split}
     return {"kind": kind, "max_rows": data.max_rows, **identity}
+
+
+def _identify_files(files: list[DataFile], data: DataSpec) -> dict[str, Any]:
+    """By content: neither where a file is nor how it is called counts."""
+    identity: dict[str, Any] = {"files": [[file.kind, sha256_file(file.path)] for file in files]}
+    if files[0].format == ".csv":
+        identity["text_columns"] = _text_columns(data)
+    return identity
 
 
 def load(data: DataSpec, out: Path) -> dict[str, Any]:
@@ -66,13 +70,12 @@ def load(data: DataSpec, out: Path) -> dict[str, Any]:
     kind = _kind(data.source)
     if kind == "function":
         with functions.importable():
-            schema = _write(data, _generated(data.source), out, f"{data.source}, row")
-    elif kind == "file" and _path(data.source).suffix in (".jsonl", ".json", ".txt"):
-        path = _path(data.source)
-        word = "item" if _is_json_list(path) else "line"
-        schema = _write(data, _text_rows(path), out, f"{path}, {word}")
+            found = islice(_generated(data.source), data.max_rows)
+            schema = rows.write_rows(found, out / DATA, lambda n: f"{data.source}, row {n}")
+    elif kind == "files":
+        schema = _load_files(datafiles.find(_path(data.source)), data, out)
     else:
-        reader = {"file": _columnar_file, "folder": _saved_folder, "hub": _hub}[kind]
+        reader = {"folder": _saved_folder, "hub": _hub}[kind]
         schema, batches = reader(data)
         tables.write(out / DATA, _first(batches, data.max_rows), schema)
     count = tables.read(out / DATA).num_rows
@@ -81,54 +84,39 @@ def load(data: DataSpec, out: Path) -> dict[str, Any]:
     return {"rows": count, "columns": schema.names}
 
 
+def _load_files(files: list[DataFile], data: DataSpec, out: Path) -> "pa.Schema":
+    if files[0].format in datafiles.TEXT:
+        found, describe = rows.of_files(files)
+        return rows.write_rows(islice(found, data.max_rows), out / DATA, describe)
+    schema, batches = columnar.of_files(files, _text_columns(data))
+    tables.write(out / DATA, _first(batches, data.max_rows), schema)
+    return schema
+
+
 def _kind(source: str) -> str:
-    """`file`, `folder`, `function` or `hub`."""
+    """`files`, `folder` (saved by datasets), `function` or `hub`."""
     path = _path(source)
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(
-                f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
-            )
-        return "file"
-    if path.is_dir():
+    if _is_saved(path):
         return "folder"
+    if datafiles.find(path):
+        return "files"
+    if path.is_dir():
+        raise DataError(
+            f"{path} holds neither rows saved by datasets (state.json) nor files that end in "
+            f"{datafiles.EXPECTED}"
+        )
+    if datafiles.is_glob(source):
+        raise DataError(f"no file matches {path}")
     if ":" in source:
         return "function"
-    if path.suffix in SUFFIXES or not HUB_ID.fullmatch(source):
+    if DataFile(path, source).format or not HUB_ID.fullmatch(source):
         missing = "" if path.parent.is_dir() else f"; {path.parent} does not exist either"
-        raise DataError(f"there is no file or folder {path}{missing}{_nearest_file(path)}")
+        raise DataError(f"there is no file or folder {path}{missing}{datafiles.nearest(path)}")
     return "hub"
 
 
 def _path(source: str) -> Path:
     return Path(source).expanduser().absolute()
-
-
-def _nearest_file(path: Path) -> str:
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-# Rows as Python dicts: text files and functions.
-
-
-def _write(data: DataSpec, found: Iterable[rows.Located], out: Path, word: str) -> "pa.Schema":
-    return rows.write_rows(islice(found, data.max_rows), out / DATA, lambda n: f"{word} {n}")
-
-
-def _text_rows(path: Path) -> Iterator[rows.Located]:
-    if path.suffix == ".txt":
-        return ((number, {"text": text}) for number, text in rows.text_lines(path))
-    return rows.json_items(path) if _is_json_list(path) else rows.json_lines(path)
-
-
-def _is_json_list(path: Path) -> bool:
-    """Whether a .json file starts as a list; many on the hub hold an object a line instead."""
-    if path.suffix != ".json":
-        return False
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _generated(source: str) -> Iterator[rows.Located]:
@@ -147,74 +135,6 @@ def _generated(source: str) -> Iterator[rows.Located]:
         ) from error
 
 
-# Rows as Arrow batches: columnar files, saved folders, the hub.
-
-
-def _columnar_file(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
-    path = _path(data.source)
-    return _csv(path, _text_columns(data)) if path.suffix == ".csv" else _parquet(path)
-
-
-def _csv(path: Path, text_columns: list[str]) -> "tuple[pa.Schema, Iterator[pa.Table]]":
-    """Columns that the format reads are text; the types of others are guessed (first 16 MB)."""
-    import pyarrow as pa
-    from pyarrow import csv
-
-    for _ in rows.text_lines(path):  # pyarrow would make a bad byte's column binary in silence
-        pass
-    try:
-        reader = csv.open_csv(
-            path,
-            read_options=csv.ReadOptions(block_size=16 << 20),
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(
-                column_types={name: pa.string() for name in text_columns}
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: {error}") from error
-    names = reader.schema.names
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise DataError(f"{path} has several columns named {', '.join(double)}")
-    return reader.schema, _tables(path, iter(reader))
-
-
-def _parquet(path: Path) -> "tuple[pa.Schema, Iterator[pa.Table]]":
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path, memory_map=True)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error
-    schema = _decoded(file.schema_arrow)
-    return schema, _tables(path, file.iter_batches(batch_size=tables.BATCH_ROWS))
-
-
-def _decoded(schema: "pa.Schema") -> "pa.Schema":
-    """The schema with categories as their values."""
-    import pyarrow as pa
-
-    fields = [
-        field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
-        for field in schema
-    ]
-    return pa.schema(fields)
-
-
-def _tables(path: Path, batches: "Iterable[pa.RecordBatch]") -> "Iterator[pa.Table]":
-    import pyarrow as pa
-
-    count = 0
-    try:
-        for batch in batches:
-            yield pa.Table.from_batches([batch])
-            count += batch.num_rows
-    except pa.ArrowException as error:
-        raise DataError(f"{path}, after row {count}: {error}") from error
-
-
 def _first(batches: "Iterable[pa.Table]", count: int | None) -> "Iterator[pa.Table]":
     for table in batches:
         if count is None:
@@ -230,6 +150,10 @@ def _text_columns(data: DataSpec) -> list[str]:
     return sorted(data.columns.get(name, name) for name in COLUMNS)
 
 
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
 def _saved_files(data: DataSpec) -> list[Path]:
     """The Arrow files of a folder made by `save_to_disk`, of the split where it has splits."""
     folder = _path(data.source)
@@ -240,8 +164,8 @@ def _saved_files(data: DataSpec) -> list[Path]:
     state = read_json(folder / "state.json")
     if state is None:
         raise DataError(
-            f"{folder} was not saved by datasets (no state.json): name one of its files, or save "
-            "it with Dataset.save_to_disk"
+            f"{folder} was not saved whole by datasets (no state.json): save it again with "
+            "DatasetDict.save_to_disk"
         )
     files = [folder / entry["filename"] for entry in state["_data_files"]]
     missing = [path.name for path in files if not path.is_file()]
@@ -255,11 +179,11 @@ def _saved_folder(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
 
     files = _saved_files(data)
     try:
-        schema = _decoded(tables.read(files[0]).schema)
+        schema = columnar.decoded(tables.read(files[0]).schema)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{files[0]} is no Arrow table: {error}") from error
     batches = (batch for file in files for batch in tables.batches(file))
-    return schema, _tables(_path(data.source), batches)
+    return schema, columnar.located(data.source, batches)
 
 
 def hub_commit(data: DataSpec) -> str:
@@ -280,7 +204,7 @@ def hub_commit(data: DataSpec) -> str:
     )
 
     path = _path(data.source)
-    here = f"{data.source}: there is no file or folder of that name{_nearest_file(path)}, and"
+    here = f"{data.source}: there is no file or folder of that name{datafiles.nearest(path)}, and"
     try:
         info = HfApi().dataset_info(data.source, revision=data.revision, timeout=HUB_TIMEOUT)
     except RevisionNotFoundError as error:
@@ -314,5 +238,5 @@ def _hub(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
             f"{commit}): {type(error).__name__}: {error}"
         ) from error
     arrow = found.with_format("arrow")
-    schema = _decoded(found.data.schema)
+    schema = columnar.decoded(found.data.schema)
     return schema, arrow.iter(batch_size=tables.BATCH_ROWS)

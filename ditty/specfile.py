@@ -4,6 +4,7 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,17 @@ def _number(value: Any) -> Any:
 
 
 def resolve_paths(values: dict[str, Any], base: Path) -> None:
-    """Make relative paths of a spec absolute, in place, where the file exists below `base`."""
+    """Make relative paths of a spec absolute, in place, where the file exists below `base`.
+
+    So is a pattern that matches something there.
+    """
 
     def absolute(section: Any, key: str) -> None:
         if not isinstance(section, dict) or not isinstance(section.get(key), str):
             return
         text, colon, name = section[key].partition(":")
-        if not Path(text).is_absolute() and (base / text).exists():
+        there = (base / text).exists() or (has_magic(text) and any(base.glob(text)))
+        if not Path(text).is_absolute() and there:
             section[key] = f"{base / text}{colon}{name}"
 
     data = values.get("data")
