@@ -5,16 +5,17 @@
 """
 
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty import columnar, datafiles, functions, rows, tables
+from ditty import columnar, datafiles, functions, mixing, rows, tables
 from ditty.datafiles import DataFile
-from ditty.dataspec import COLUMNS, DataSpec
+from ditty.dataspec import COLUMNS, DataSpec, SourceSpec
 from ditty.errors import DataError
-from ditty.files import canonical_json, read_json, sha256_bytes, sha256_file
+from ditty.files import canonical_json, make_dir, read_json, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,40 +27,51 @@ HUB_TIMEOUT = 10.0
 
 
 def identify(data: DataSpec) -> dict[str, Any]:
-    """What the rows of a source depend on, as JSON; equal identities have equal rows.
+    """What the rows depend on, as JSON; equal identities have equal rows.
 
     Raises:
         DataError: there is no such source (with the nearest file name), or the hub is needed and
             does not answer.
     """
-    kind = _kind(data.source)
+    text_columns = _text_columns(data)
+    parts = [_identify(part, text_columns) for part in data.parts]
+    if data.source is not None:
+        return parts[0]
+    identity: dict[str, Any] = {"kind": "mixture", "max_rows": data.max_rows, "parts": parts}
+    if weights := mixing.weights(data):
+        order = {"weights": weights, "seed": data.seed, "until": data.stopping_strategy.value}
+        identity |= order
+    return identity
+
+
+def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
+    kind = _kind(part.source)
     if kind == "files":
-        identity = _identify_files(datafiles.find(_path(data.source)), data)
+        files = datafiles.find(_path(part.source))
+        # By content: neither where a file is nor how it is called counts.
+        identity: dict[str, Any] = {"files": [[f.kind, sha256_file(f.path)] for f in files]}
+        if files[0].format == ".csv":
+            identity["text_columns"] = text_columns
     elif kind == "folder":
-        files = [[p.name, sha256_file(p)] for p in _saved_files(data)]
-        identity = {"sha256": sha256_bytes(canonical_json(files))}
+        saved = [[p.name, sha256_file(p)] for p in _saved_files(part)]
+        identity = {"sha256": sha256_bytes(canonical_json(saved))}
     elif kind == "function":
-        fn = functions.resolve(data.source)
+        fn = functions.resolve(part.source)
         identity = {"digest": functions.digest(fn)}
         if hasattr(fn, "identity"):
             identity["depends_on"] = fn.identity()
     else:
-        identity = {"id": data.source, "commit": hub_commit(data)}
-        identity |= {"subset": data.subset, "split": data.split}
-    return {"kind": kind, "max_rows": data.max_rows, **identity}
+        identity = {"id": part.source, "commit": hub_commit(part)}
+        identity |= {"subset": part.subset, "split": part.split}
+    return {"kind": kind, "max_rows": part.max_rows, **identity}
 
 
-def _identify_files(files: list[DataFile], data: DataSpec) -> dict[str, Any]:
-    """By content: neither where a file is nor how it is called counts."""
-    identity: dict[str, Any] = {"files": [[file.kind, sha256_file(file.path)] for file in files]}
-    if files[0].format == ".csv":
-        identity["text_columns"] = _text_columns(data)
-    return identity
+def load(data: DataSpec, out: Path, identity: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write the rows to `out/data.arrow`.
 
-
-def load(data: DataSpec, out: Path) -> dict[str, Any]:
-    """Write the rows of a source to `out/data.arrow`.
-
+    Args:
+        identity: what `identify` said: of the hub, that commit is loaded, wherever a branch has
+            moved since.
     Returns:
         {"rows": their number, "columns": their names}
 
@@ -67,30 +79,52 @@ def load(data: DataSpec, out: Path) -> dict[str, Any]:
         DataError: no rows, a line or row that cannot be read (says which), a row that is no dict,
             a column of mixed types, or a function that failed.
     """
-    kind = _kind(data.source)
+    text_columns = _text_columns(data)
+    if data.source is not None:
+        _load(data.parts[0], text_columns, out, identity or {})
+    else:
+        with tempfile.TemporaryDirectory(prefix=".parts-", dir=out) as scratch:
+            parts = []
+            identities = identity["parts"] if identity else [{}] * len(data.sources)
+            for number, part in enumerate(data.sources):
+                folder = make_dir(Path(scratch) / str(number))
+                _load(part, text_columns, folder, identities[number])
+                parts.append(tables.read(folder / DATA))
+            schema, batches = mixing.mix(data, parts)
+            tables.write(out / DATA, _first(batches, data.max_rows), schema)
+    made = tables.read(out / DATA)
+    return {"rows": made.num_rows, "columns": made.column_names}
+
+
+def _load(part: SourceSpec, text_columns: list[str], out: Path, identity: dict[str, Any]) -> None:
+    """Write the rows of one source."""
+    kind = _kind(part.source)
     if kind == "function":
         with functions.importable():
-            found = islice(_generated(data.source), data.max_rows)
-            schema = rows.write_rows(found, out / DATA, lambda n: f"{data.source}, row {n}")
+            found = islice(_generated(part.source), part.max_rows)
+            rows.write_rows(found, out / DATA, lambda n: f"{part.source}, row {n}")
     elif kind == "files":
-        schema = _load_files(datafiles.find(_path(data.source)), data, out)
+        files = datafiles.find(_path(part.source))
+        _load_files(files, part.max_rows, text_columns, out)
     else:
-        reader = {"folder": _saved_folder, "hub": _hub}[kind]
-        schema, batches = reader(data)
-        tables.write(out / DATA, _first(batches, data.max_rows), schema)
-    count = tables.read(out / DATA).num_rows
-    if count == 0:
-        raise DataError(f"{data.source} has no rows")
-    return {"rows": count, "columns": schema.names}
+        commit = identity.get("commit")
+        schema, batches = (
+            _saved_folder(part) if kind == "folder" else _hub(part, commit or hub_commit(part))
+        )
+        tables.write(out / DATA, _first(batches, part.max_rows), schema)
+    if tables.read(out / DATA).num_rows == 0:
+        raise DataError(f"{part.source} has no rows")
 
 
-def _load_files(files: list[DataFile], data: DataSpec, out: Path) -> "pa.Schema":
+def _load_files(
+    files: list[DataFile], max_rows: int | None, text_columns: list[str], out: Path
+) -> None:
     if files[0].format in datafiles.TEXT:
         found, describe = rows.of_files(files)
-        return rows.write_rows(islice(found, data.max_rows), out / DATA, describe)
-    schema, batches = columnar.of_files(files, _text_columns(data))
-    tables.write(out / DATA, _first(batches, data.max_rows), schema)
-    return schema
+        rows.write_rows(islice(found, max_rows), out / DATA, describe)
+    else:
+        schema, batches = columnar.of_files(files, text_columns)
+        tables.write(out / DATA, _first(batches, max_rows), schema)
 
 
 def _kind(source: str) -> str:
@@ -154,13 +188,13 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _saved_files(data: DataSpec) -> list[Path]:
+def _saved_files(part: SourceSpec) -> list[Path]:
     """The Arrow files of a folder made by `save_to_disk`, of the split where it has splits."""
-    folder = _path(data.source)
+    folder = _path(part.source)
     splits = (read_json(folder / "dataset_dict.json") or {}).get("splits")
-    if splits is not None and data.split not in splits:
-        raise DataError(f"{folder} has no split {data.split!r}, expected {' or '.join(splits)}")
-    folder = folder / data.split if splits is not None else folder
+    if splits is not None and part.split not in splits:
+        raise DataError(f"{folder} has no split {part.split!r}, expected {' or '.join(splits)}")
+    folder = folder / part.split if splits is not None else folder
     state = read_json(folder / "state.json")
     if state is None:
         raise DataError(
@@ -174,27 +208,27 @@ def _saved_files(data: DataSpec) -> list[Path]:
     return files
 
 
-def _saved_folder(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
+def _saved_folder(part: SourceSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
     import pyarrow as pa
 
-    files = _saved_files(data)
+    files = _saved_files(part)
     try:
         schema = columnar.decoded(tables.read(files[0]).schema)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{files[0]} is no Arrow table: {error}") from error
     batches = (batch for file in files for batch in tables.batches(file))
-    return schema, columnar.located(data.source, batches)
+    return schema, columnar.located(part.source, batches)
 
 
-def hub_commit(data: DataSpec) -> str:
-    """The commit that `data.revision` (or the default branch) of a hub data set means now.
+def hub_commit(part: SourceSpec) -> str:
+    """The commit that `revision` (or the default branch) of a hub data set means now.
 
     Raises:
         DataError: the hub has no such data set or revision, or does not answer.
     """
-    if re.fullmatch(r"[0-9a-f]{40}", data.revision or ""):
-        assert data.revision is not None
-        return data.revision
+    if re.fullmatch(r"[0-9a-f]{40}", part.revision or ""):
+        assert part.revision is not None
+        return part.revision
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -203,12 +237,12 @@ def hub_commit(data: DataSpec) -> str:
         RevisionNotFoundError,
     )
 
-    path = _path(data.source)
-    here = f"{data.source}: there is no file or folder of that name{datafiles.nearest(path)}, and"
+    path = _path(part.source)
+    here = f"{part.source}: there is no file or folder of that name{datafiles.nearest(path)}, and"
     try:
-        info = HfApi().dataset_info(data.source, revision=data.revision, timeout=HUB_TIMEOUT)
+        info = HfApi().dataset_info(part.source, revision=part.revision, timeout=HUB_TIMEOUT)
     except RevisionNotFoundError as error:
-        raise DataError(f"hub data set {data.source} has no revision {data.revision}") from error
+        raise DataError(f"hub data set {part.source} has no revision {part.revision}") from error
     except RepositoryNotFoundError as error:
         raise DataError(
             f"{here} the hub has no such data set (or it is private: set HF_TOKEN)"
@@ -224,17 +258,16 @@ def hub_commit(data: DataSpec) -> str:
     return info.sha
 
 
-def _hub(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
+def _hub(part: SourceSpec, commit: str) -> "tuple[pa.Schema, Iterator[pa.Table]]":
     import datasets
 
-    commit = hub_commit(data)
     try:
         found = datasets.load_dataset(
-            data.source, name=data.subset, split=data.split, revision=commit
+            part.source, name=part.subset, split=part.split, revision=commit
         )
     except Exception as error:  # a hundred kinds: unknown split or subset, formats, the network
         raise DataError(
-            f"hub data set {data.source} (subset {data.subset}, split {data.split}, commit "
+            f"hub data set {part.source} (subset {part.subset}, split {part.split}, commit "
             f"{commit}): {type(error).__name__}: {error}"
         ) from error
     arrow = found.with_format("arrow")

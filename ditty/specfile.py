@@ -104,9 +104,10 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
     data = values.get("data")
     absolute(data, "source")
     absolute(values.get("model"), "base_model")
-    if isinstance(data, dict) and isinstance(data.get("operations"), list):
-        for operation in data["operations"]:
-            absolute(operation, "function")
+    for several, key in (("operations", "function"), ("sources", "source")):
+        if isinstance(data, dict) and isinstance(data.get(several), list):
+            for section in data[several]:
+                absolute(section, key)
 
 
 def _read_template(data: Any, base: Path) -> None:
