@@ -1,4 +1,4 @@
-"""Where rows come from: files, a folder saved by datasets, a function, or the hub.
+"""Where rows come from: files here or elsewhere, a folder saved by datasets, a function, the hub.
 
 `identify` says what the rows depend on without reading more than it must; `load` turns them into
 `data.arrow`. Local files never go through a cache in the user's home.
@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty import columnar, datafiles, functions, mixing, rows, tables
+from ditty import columnar, datafiles, functions, mixing, remotefiles, rows, tables
 from ditty.datafiles import DataFile
 from ditty.dataspec import COLUMNS, DataSpec, SourceSpec
 from ditty.errors import DataError
@@ -32,6 +32,7 @@ def identify(data: DataSpec) -> dict[str, Any]:
     Raises:
         DataError: there is no such source (with the nearest file name), or the hub is needed and
             does not answer.
+        RemoteError: the place of a URL cannot be reached (retryable), or refuses.
     """
     text_columns = _text_columns(data)
     parts = [_identify(part, text_columns) for part in data.parts]
@@ -52,6 +53,10 @@ def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
         identity: dict[str, Any] = {"files": [[f.kind, sha256_file(f.path)] for f in files]}
         if files[0].format == ".csv":
             identity["text_columns"] = text_columns
+    elif kind == "url":
+        identity = {"files": remotefiles.identify(part.source)}
+        if identity["files"][0][0].startswith(".csv"):
+            identity["text_columns"] = text_columns
     elif kind == "folder":
         saved = [[p.name, sha256_file(p)] for p in _saved_files(part)]
         identity = {"sha256": sha256_bytes(canonical_json(saved))}
@@ -71,7 +76,7 @@ def load(data: DataSpec, out: Path, identity: dict[str, Any] | None = None) -> d
 
     Args:
         identity: what `identify` said: of the hub, that commit is loaded, wherever a branch has
-            moved since.
+            moved since, and files elsewhere must still be the same.
     Returns:
         {"rows": their number, "columns": their names}
 
@@ -106,6 +111,10 @@ def _load(part: SourceSpec, text_columns: list[str], out: Path, identity: dict[s
     elif kind == "files":
         files = datafiles.find(_path(part.source))
         _load_files(files, part.max_rows, text_columns, out)
+    elif kind == "url":
+        with tempfile.TemporaryDirectory(prefix=".fetched-", dir=out) as scratch:
+            files = remotefiles.fetch(part.source, Path(scratch), identity.get("files"))
+            _load_files(files, part.max_rows, text_columns, out)
     else:
         commit = identity.get("commit")
         schema, batches = (
@@ -128,7 +137,9 @@ def _load_files(
 
 
 def _kind(source: str) -> str:
-    """`files`, `folder` (saved by datasets), `function` or `hub`."""
+    """`files`, `url` (of files), `folder` (saved by datasets), `function` or `hub`."""
+    if remotefiles.is_url(source):
+        return "url"
     path = _path(source)
     if _is_saved(path):
         return "folder"

@@ -96,6 +96,8 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
     def absolute(section: Any, key: str) -> None:
         if not isinstance(section, dict) or not isinstance(section.get(key), str):
             return
+        if "://" in section[key]:
+            return
         text, colon, name = section[key].partition(":")
         there = (base / text).exists() or (has_magic(text) and any(base.glob(text)))
         if not Path(text).is_absolute() and there:
