@@ -14,8 +14,18 @@ class DataFormat(StrEnum):
     """The shape of a row after the operations."""
 
     MESSAGES = "messages"
+    CONVERSATIONS = "conversations"
     PROMPT_COMPLETION = "prompt_completion"
+    INSTRUCTION = "instruction"
     TEXT = "text"
+    TOKENS = "tokens"
+
+
+class StoppingStrategy(StrEnum):
+    """When weighted sources are mixed enough: one of them, or each, has given all its rows."""
+
+    FIRST_EXHAUSTED = "first_exhausted"
+    ALL_EXHAUSTED = "all_exhausted"
 
 
 class LossOn(StrEnum):
@@ -23,6 +33,7 @@ class LossOn(StrEnum):
 
     ASSISTANT = "assistant"
     COMPLETION = "completion"
+    LABELS = "labels"
     ALL = "all"
 
 

@@ -1,61 +1,82 @@
-"""Where rows come from: a file, a folder saved by datasets, a function, or the hub.
+"""Where rows come from: files here or elsewhere, a folder saved by datasets, a function, the hub.
 
 `identify` says what the rows depend on without reading more than it must; `load` turns them into
 `data.arrow`. Local files never go through a cache in the user's home.
 """
 
-import difflib
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty import functions, rows, tables
-from ditty.dataspec import DataSpec
+from ditty import columnar, datafiles, functions, mixing, remotefiles, rows, tables
+from ditty.datafiles import DataFile
+from ditty.dataspec import COLUMNS, DataSpec, SourceSpec
 from ditty.errors import DataError
-from ditty.files import canonical_json, read_json, sha256_bytes, sha256_file
+from ditty.files import canonical_json, make_dir, read_json, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 DATA = "data.arrow"
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub to name a commit."""
 
 
 def identify(data: DataSpec) -> dict[str, Any]:
-    """What the rows of a source depend on, as JSON; equal identities have equal rows.
+    """What the rows depend on, as JSON; equal identities have equal rows.
 
     Raises:
         DataError: there is no such source (with the nearest file name), or the hub is needed and
             does not answer.
+        RemoteError: the place of a URL cannot be reached (retryable), or refuses.
     """
-    kind = _kind(data.source)
-    if kind == "file":
-        path = _path(data.source)
-        identity: dict[str, Any] = {"format": path.suffix, "sha256": sha256_file(path)}
-        if path.suffix == ".csv":
-            identity["text_columns"] = _text_columns(data)
+    text_columns = _text_columns(data)
+    parts = [_identify(part, text_columns) for part in data.parts]
+    if data.source is not None:
+        return parts[0]
+    identity: dict[str, Any] = {"kind": "mixture", "max_rows": data.max_rows, "parts": parts}
+    if weights := mixing.weights(data):
+        order = {"weights": weights, "seed": data.seed, "until": data.stopping_strategy.value}
+        identity |= order
+    return identity
+
+
+def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
+    kind = _kind(part.source)
+    if kind == "files":
+        files = datafiles.find(_path(part.source))
+        # By content: neither where a file is nor how it is called counts.
+        identity: dict[str, Any] = {"files": [[f.kind, sha256_file(f.path)] for f in files]}
+        if files[0].format == ".csv":
+            identity["text_columns"] = text_columns
+    elif kind == "url":
+        identity = {"files": remotefiles.identify(part.source)}
+        if identity["files"][0][0].startswith(".csv"):
+            identity["text_columns"] = text_columns
     elif kind == "folder":
-        files = [[p.name, sha256_file(p)] for p in _saved_files(data)]
-        identity = {"sha256": sha256_bytes(canonical_json(files))}
+        saved = [[p.name, sha256_file(p)] for p in _saved_files(part)]
+        identity = {"sha256": sha256_bytes(canonical_json(saved))}
     elif kind == "function":
-        fn = functions.resolve(data.source)
+        fn = functions.resolve(part.source)
         identity = {"digest": functions.digest(fn)}
         if hasattr(fn, "identity"):
             identity["depends_on"] = fn.identity()
     else:
-        identity = {"id": data.source, "commit": hub_commit(data)}
-        identity |= {"subset": data.subset, "split": data.split}
-    return {"kind": kind, "max_rows": data.max_rows, **identity}
+        identity = {"id": part.source, "commit": hub_commit(part)}
+        identity |= {"subset": part.subset, "split": part.split}
+    return {"kind": kind, "max_rows": part.max_rows, **identity}
 
 
-def load(data: DataSpec, out: Path) -> dict[str, Any]:
-    """Write the rows of a source to `out/data.arrow`.
+def load(data: DataSpec, out: Path, identity: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write the rows to `out/data.arrow`.
 
+    Args:
+        identity: what `identify` said: of the hub, that commit is loaded, wherever a branch has
+            moved since, and files elsewhere must still be the same.
     Returns:
         {"rows": their number, "columns": their names}
 
@@ -63,72 +84,84 @@ def load(data: DataSpec, out: Path) -> dict[str, Any]:
         DataError: no rows, a line or row that cannot be read (says which), a row that is no dict,
             a column of mixed types, or a function that failed.
     """
-    kind = _kind(data.source)
+    text_columns = _text_columns(data)
+    if data.source is not None:
+        _load(data.parts[0], text_columns, out, identity or {})
+    else:
+        with tempfile.TemporaryDirectory(prefix=".parts-", dir=out) as scratch:
+            parts = []
+            identities = identity["parts"] if identity else [{}] * len(data.sources)
+            for number, part in enumerate(data.sources):
+                folder = make_dir(Path(scratch) / str(number))
+                _load(part, text_columns, folder, identities[number])
+                parts.append(tables.read(folder / DATA))
+            schema, batches = mixing.mix(data, parts)
+            tables.write(out / DATA, _first(batches, data.max_rows), schema)
+    made = tables.read(out / DATA)
+    return {"rows": made.num_rows, "columns": made.column_names}
+
+
+def _load(part: SourceSpec, text_columns: list[str], out: Path, identity: dict[str, Any]) -> None:
+    """Write the rows of one source."""
+    kind = _kind(part.source)
     if kind == "function":
         with functions.importable():
-            schema = _write(data, _generated(data.source), out, f"{data.source}, row")
-    elif kind == "file" and _path(data.source).suffix in (".jsonl", ".json", ".txt"):
-        path = _path(data.source)
-        word = "item" if _is_json_list(path) else "line"
-        schema = _write(data, _text_rows(path), out, f"{path}, {word}")
+            found = islice(_generated(part.source), part.max_rows)
+            rows.write_rows(found, out / DATA, lambda n: f"{part.source}, row {n}")
+    elif kind == "files":
+        files = datafiles.find(_path(part.source))
+        _load_files(files, part.max_rows, text_columns, out)
+    elif kind == "url":
+        with tempfile.TemporaryDirectory(prefix=".fetched-", dir=out) as scratch:
+            files = remotefiles.fetch(part.source, Path(scratch), identity.get("files"))
+            _load_files(files, part.max_rows, text_columns, out)
     else:
-        reader = {"file": _columnar_file, "folder": _saved_folder, "hub": _hub}[kind]
-        schema, batches = reader(data)
-        tables.write(out / DATA, _first(batches, data.max_rows), schema)
-    count = tables.read(out / DATA).num_rows
-    if count == 0:
-        raise DataError(f"{data.source} has no rows")
-    return {"rows": count, "columns": schema.names}
+        commit = identity.get("commit")
+        schema, batches = (
+            _saved_folder(part) if kind == "folder" else _hub(part, commit or hub_commit(part))
+        )
+        tables.write(out / DATA, _first(batches, part.max_rows), schema)
+    if tables.read(out / DATA).num_rows == 0:
+        raise DataError(f"{part.source} has no rows")
+
+
+def _load_files(
+    files: list[DataFile], max_rows: int | None, text_columns: list[str], out: Path
+) -> None:
+    if files[0].format in datafiles.TEXT:
+        found, describe = rows.of_files(files)
+        rows.write_rows(islice(found, max_rows), out / DATA, describe)
+    else:
+        schema, batches = columnar.of_files(files, text_columns)
+        tables.write(out / DATA, _first(batches, max_rows), schema)
 
 
 def _kind(source: str) -> str:
-    """`file`, `folder`, `function` or `hub`."""
+    """`files`, `url` (of files), `folder` (saved by datasets), `function` or `hub`."""
+    if remotefiles.is_url(source):
+        return "url"
     path = _path(source)
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(
-                f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
-            )
-        return "file"
-    if path.is_dir():
+    if _is_saved(path):
         return "folder"
+    if datafiles.find(path):
+        return "files"
+    if path.is_dir():
+        raise DataError(
+            f"{path} holds neither rows saved by datasets (state.json) nor files that end in "
+            f"{datafiles.EXPECTED}"
+        )
+    if datafiles.is_glob(source):
+        raise DataError(f"no file matches {path}")
     if ":" in source:
         return "function"
-    if path.suffix in SUFFIXES or not HUB_ID.fullmatch(source):
+    if DataFile(path, source).format or not HUB_ID.fullmatch(source):
         missing = "" if path.parent.is_dir() else f"; {path.parent} does not exist either"
-        raise DataError(f"there is no file or folder {path}{missing}{_nearest_file(path)}")
+        raise DataError(f"there is no file or folder {path}{missing}{datafiles.nearest(path)}")
     return "hub"
 
 
 def _path(source: str) -> Path:
     return Path(source).expanduser().absolute()
-
-
-def _nearest_file(path: Path) -> str:
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-# Rows as Python dicts: text files and functions.
-
-
-def _write(data: DataSpec, found: Iterable[rows.Located], out: Path, word: str) -> "pa.Schema":
-    return rows.write_rows(islice(found, data.max_rows), out / DATA, lambda n: f"{word} {n}")
-
-
-def _text_rows(path: Path) -> Iterator[rows.Located]:
-    if path.suffix == ".txt":
-        return ((number, {"text": text}) for number, text in rows.text_lines(path))
-    return rows.json_items(path) if _is_json_list(path) else rows.json_lines(path)
-
-
-def _is_json_list(path: Path) -> bool:
-    """Whether a .json file starts as a list; many on the hub hold an object a line instead."""
-    if path.suffix != ".json":
-        return False
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _generated(source: str) -> Iterator[rows.Located]:
@@ -147,74 +180,6 @@ def _generated(source: str) -> Iterator[rows.Located]:
         ) from error
 
 
-# Rows as Arrow batches: columnar files, saved folders, the hub.
-
-
-def _columnar_file(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
-    path = _path(data.source)
-    return _csv(path, _text_columns(data)) if path.suffix == ".csv" else _parquet(path)
-
-
-def _csv(path: Path, text_columns: list[str]) -> "tuple[pa.Schema, Iterator[pa.Table]]":
-    """Columns that the format reads are text; the types of others are guessed (first 16 MB)."""
-    import pyarrow as pa
-    from pyarrow import csv
-
-    for _ in rows.text_lines(path):  # pyarrow would make a bad byte's column binary in silence
-        pass
-    try:
-        reader = csv.open_csv(
-            path,
-            read_options=csv.ReadOptions(block_size=16 << 20),
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(
-                column_types={name: pa.string() for name in text_columns}
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: {error}") from error
-    names = reader.schema.names
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise DataError(f"{path} has several columns named {', '.join(double)}")
-    return reader.schema, _tables(path, iter(reader))
-
-
-def _parquet(path: Path) -> "tuple[pa.Schema, Iterator[pa.Table]]":
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path, memory_map=True)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error
-    schema = _decoded(file.schema_arrow)
-    return schema, _tables(path, file.iter_batches(batch_size=tables.BATCH_ROWS))
-
-
-def _decoded(schema: "pa.Schema") -> "pa.Schema":
-    """The schema with categories as their values."""
-    import pyarrow as pa
-
-    fields = [
-        field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
-        for field in schema
-    ]
-    return pa.schema(fields)
-
-
-def _tables(path: Path, batches: "Iterable[pa.RecordBatch]") -> "Iterator[pa.Table]":
-    import pyarrow as pa
-
-    count = 0
-    try:
-        for batch in batches:
-            yield pa.Table.from_batches([batch])
-            count += batch.num_rows
-    except pa.ArrowException as error:
-        raise DataError(f"{path}, after row {count}: {error}") from error
-
-
 def _first(batches: "Iterable[pa.Table]", count: int | None) -> "Iterator[pa.Table]":
     for table in batches:
         if count is None:
@@ -227,22 +192,25 @@ def _first(batches: "Iterable[pa.Table]", count: int | None) -> "Iterator[pa.Tab
 
 
 def _text_columns(data: DataSpec) -> list[str]:
-    standard = {"messages", "prompt", "completion", "text"}
-    return sorted(data.columns.get(name, name) for name in standard)
+    return sorted(data.columns.get(name, name) for name in COLUMNS)
 
 
-def _saved_files(data: DataSpec) -> list[Path]:
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _saved_files(part: SourceSpec) -> list[Path]:
     """The Arrow files of a folder made by `save_to_disk`, of the split where it has splits."""
-    folder = _path(data.source)
+    folder = _path(part.source)
     splits = (read_json(folder / "dataset_dict.json") or {}).get("splits")
-    if splits is not None and data.split not in splits:
-        raise DataError(f"{folder} has no split {data.split!r}, expected {' or '.join(splits)}")
-    folder = folder / data.split if splits is not None else folder
+    if splits is not None and part.split not in splits:
+        raise DataError(f"{folder} has no split {part.split!r}, expected {' or '.join(splits)}")
+    folder = folder / part.split if splits is not None else folder
     state = read_json(folder / "state.json")
     if state is None:
         raise DataError(
-            f"{folder} was not saved by datasets (no state.json): name one of its files, or save "
-            "it with Dataset.save_to_disk"
+            f"{folder} was not saved whole by datasets (no state.json): save it again with "
+            "DatasetDict.save_to_disk"
         )
     files = [folder / entry["filename"] for entry in state["_data_files"]]
     missing = [path.name for path in files if not path.is_file()]
@@ -251,27 +219,27 @@ def _saved_files(data: DataSpec) -> list[Path]:
     return files
 
 
-def _saved_folder(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
+def _saved_folder(part: SourceSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
     import pyarrow as pa
 
-    files = _saved_files(data)
+    files = _saved_files(part)
     try:
-        schema = _decoded(tables.read(files[0]).schema)
+        schema = columnar.decoded(tables.read(files[0]).schema)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{files[0]} is no Arrow table: {error}") from error
     batches = (batch for file in files for batch in tables.batches(file))
-    return schema, _tables(_path(data.source), batches)
+    return schema, columnar.located(part.source, batches)
 
 
-def hub_commit(data: DataSpec) -> str:
-    """The commit that `data.revision` (or the default branch) of a hub data set means now.
+def hub_commit(part: SourceSpec) -> str:
+    """The commit that `revision` (or the default branch) of a hub data set means now.
 
     Raises:
         DataError: the hub has no such data set or revision, or does not answer.
     """
-    if re.fullmatch(r"[0-9a-f]{40}", data.revision or ""):
-        assert data.revision is not None
-        return data.revision
+    if re.fullmatch(r"[0-9a-f]{40}", part.revision or ""):
+        assert part.revision is not None
+        return part.revision
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -280,12 +248,12 @@ def hub_commit(data: DataSpec) -> str:
         RevisionNotFoundError,
     )
 
-    path = _path(data.source)
-    here = f"{data.source}: there is no file or folder of that name{_nearest_file(path)}, and"
+    path = _path(part.source)
+    here = f"{part.source}: there is no file or folder of that name{datafiles.nearest(path)}, and"
     try:
-        info = HfApi().dataset_info(data.source, revision=data.revision, timeout=HUB_TIMEOUT)
+        info = HfApi().dataset_info(part.source, revision=part.revision, timeout=HUB_TIMEOUT)
     except RevisionNotFoundError as error:
-        raise DataError(f"hub data set {data.source} has no revision {data.revision}") from error
+        raise DataError(f"hub data set {part.source} has no revision {part.revision}") from error
     except RepositoryNotFoundError as error:
         raise DataError(
             f"{here} the hub has no such data set (or it is private: set HF_TOKEN)"
@@ -301,19 +269,18 @@ def hub_commit(data: DataSpec) -> str:
     return info.sha
 
 
-def _hub(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
+def _hub(part: SourceSpec, commit: str) -> "tuple[pa.Schema, Iterator[pa.Table]]":
     import datasets
 
-    commit = hub_commit(data)
     try:
         found = datasets.load_dataset(
-            data.source, name=data.subset, split=data.split, revision=commit
+            part.source, name=part.subset, split=part.split, revision=commit
         )
     except Exception as error:  # a hundred kinds: unknown split or subset, formats, the network
         raise DataError(
-            f"hub data set {data.source} (subset {data.subset}, split {data.split}, commit "
+            f"hub data set {part.source} (subset {part.subset}, split {part.split}, commit "
             f"{commit}): {type(error).__name__}: {error}"
         ) from error
     arrow = found.with_format("arrow")
-    schema = _decoded(found.data.schema)
+    schema = columnar.decoded(found.data.schema)
     return schema, arrow.iter(batch_size=tables.BATCH_ROWS)

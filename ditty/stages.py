@@ -23,7 +23,7 @@ VERSIONS = {
     "load": 1,
     "filter": 1,
     "map": 1,
-    "tokenize": 1,
+    "tokenize": 2,
     "pack": 1,
     "prequantize": 3,
     "train": 2,
@@ -166,7 +166,8 @@ def _fetch_refs(base: basemodel.BaseModelRef) -> Iterator[StageRef]:
 
 def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
     data = spec.data
-    refs = [make_ref("load", f"load {_short(data.source)}", {"source": sources.identify(data)})]
+    title = f"load {_short(data.source) if data.source else f'{len(data.sources)} sources'}"
+    refs = [make_ref("load", title, {"source": sources.identify(data)})]
     for operation in data.operations:
         inputs = {
             "rows": refs[-1].key,
@@ -182,6 +183,8 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
         "supervised": data.supervised.value,
         "options": data.model_dump(mode="json", include=fields),
     }
+    if data.chat_template:
+        inputs["chat_template"] = sha256_bytes(data.chat_template.encode())
     refs.append(make_ref("tokenize", "tokenize", inputs))
     packing = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing}
     refs.append(make_ref("pack", "pack", packing))
@@ -281,7 +284,7 @@ def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> M
     if ref.operation:
         facts["function"] = ref.operation.function
     elif ref.stage == "load":
-        facts["source"] = spec.data.source
+        facts["source"] = ", ".join(part.source for part in spec.data.parts)
     stages = line.data()
     index = stages.index(ref)
     source = store.path(stages[index - 1].stage, stages[index - 1].key) if index else None
@@ -295,10 +298,7 @@ def _run_data_stage(
     from ditty import operations, packing, tokenization
 
     if source is None:
-        # Of the hub, exactly the commit that the key names: a branch may have moved since.
-        commit = ref.inputs["source"].get("commit")
-        data = spec.data.model_copy(update={"revision": commit}) if commit else spec.data
-        return sources.load(data, out)
+        return sources.load(spec.data, out, ref.inputs["source"])
     if ref.operation is not None:
         return operations.apply(ref.operation, source, out, spec.data.num_proc)
     if ref.stage == "tokenize":

@@ -253,7 +253,8 @@ def test_names_of_nothing(tmp_path):
         f"{tmp_path}/row.jsonl": "no file or folder .*/row.jsonl; did you mean .*/rows.jsonl",
         f"{tmp_path}/no/row.jsonl": "no file or folder .*; .*/no does not exist either",
         "a/b/c": "no file or folder",
-        f"{tmp_path}/folder": "was not saved by datasets",
+        f"{tmp_path}/folder": "holds neither rows saved by datasets .* nor files that end",
+        f"{tmp_path}/*.csv": "no file matches .*/.*csv",
         f"{tmp_path}/nothing.py:rows": "cannot read .*nothing.py",
     }.items():
         with pytest.raises(DataError, match=message):
@@ -328,6 +329,25 @@ def test_a_hub_data_set_is_loaded_at_its_commit(tmp_path, hub, monkeypatch):
     rows = loaded(tmp_path, "org/known", subset="en", split="test", max_rows=2)
     assert [row["text"] for row in rows] == ["c", "Grüße\n"]
     assert asked == {"path": "org/known", "name": "en", "split": "test", "revision": "1" * 40}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_a_key_names_is_loaded_wherever_the_branch_is_now(tmp_path, hub, monkeypatch, several):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append(options["revision"])
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    parts = [{"source": "org/known"}, {"source": "org/known", "revision": "other"}]
+    data = DataSpec.model_validate({"sources": parts} if several else parts[0])
+    identity = identify(data)
+    hub["main"] = "3" * 40
+    load(data, tmp_path, identity)
+    assert asked == (["1" * 40, "2" * 40] if several else ["1" * 40])
 
 
 def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
