@@ -100,7 +100,7 @@ def random_rows(
         longest: cut into documents of SHORTEST to so many tokens; None: one document a row.
     """
     train, tokens = spec.train, spec.data.seq_len
-    a_step = train.micro_batch_size * train.gradient_accumulation_steps * world_size
+    a_step = train.micro_batch * train.gradient_accumulation_steps * world_size
     generator = torch.Generator().manual_seed(1)
     rows = []
     for _ in range(a_step * (train.max_steps or 1)):

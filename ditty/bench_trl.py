@@ -62,7 +62,7 @@ def measure_trl(spec: RunSpec, options: dict[str, Any], home: Path, world: World
         trainer.train()
     seconds = (times[-1] - times[WARM_STEPS - 1]) / (len(times) - WARM_STEPS)
     train = spec.train
-    a_step = train.micro_batch_size * train.gradient_accumulation_steps * world.world_size
+    a_step = train.micro_batch * train.gradient_accumulation_steps * world.world_size
     peak = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else None
     return {
         "tokens_per_second": a_step * spec.data.seq_len / seconds,
@@ -88,7 +88,7 @@ def _arguments(spec: RunSpec, folder: str, world: World) -> Any:
     return SFTConfig(
         output_dir=folder,
         max_steps=spec.train.max_steps or 1,
-        per_device_train_batch_size=spec.train.micro_batch_size,
+        per_device_train_batch_size=spec.train.micro_batch,
         gradient_accumulation_steps=spec.train.gradient_accumulation_steps,
         bf16=spec.train.precision is Precision.BF16,
         fp16=spec.train.precision is Precision.FP16,

@@ -33,6 +33,8 @@ def bench_spec(overrides: list[str]) -> RunSpec:
     for override in overrides:
         apply_override(values, override)
     spec = parse_spec(values, where="bench")
+    if spec.train.micro_batch_size == "auto":
+        raise SpecError("train.micro_batch_size: auto is for a model that is there: set a number")
     if (spec.train.max_steps or 0) < LEAST_STEPS:
         raise SpecError(
             f"train.max_steps: got {spec.train.max_steps}, and the first steps are not measured: "

@@ -68,11 +68,11 @@ class PackedFeed:
 def packed_feed(rows: Any, train: TrainSpec, world: World) -> PackedFeed:
     """The feed of a `datasets.Dataset` of packed rows, dealt to the processes of `world`."""
     split = BatchSplit(
-        train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.world_size
+        train.micro_batch, train.gradient_accumulation_steps, world.rank, world.world_size
     )
     lengths = row_lengths(rows) if train.sampling is Sampling.LENGTH_GROUPED else None
     order = SampleOrder(len(rows), split.global_batch_size, train.sampling, train.seed, lengths)
-    bounds = row_bounds(rows, train.micro_batch_size)
+    bounds = row_bounds(rows, train.micro_batch)
     # As arrays: lists of Python numbers would take milliseconds a step.
     return PackedFeed(rows.with_format("numpy"), order, split, bounds)
 

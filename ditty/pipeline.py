@@ -63,10 +63,12 @@ class Pipeline:
             raise SpecError("Pipeline needs base_model: a hub id, a folder, or a .gguf file")
         _refuse_evaluation(options)
         self.spec = _spec(base_model, options)
+        if self.spec.train.micro_batch_size == "auto":
+            raise SpecError("Pipeline: dataset() makes the batches, so batch_size must be a number")
         self.output_dir = Path(output_dir).absolute()
         self.store = Store()
         self.seed = self.spec.train.seed
-        self.batch_size = self.spec.train.micro_batch_size
+        self.batch_size = self.spec.train.micro_batch
         self.grad_accum = self.spec.train.gradient_accumulation_steps
         self.base = basemodel.identify(self.spec.model.base_model, self.spec.model.revision)
         self._tokenizer: Any = None

@@ -85,7 +85,7 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
     device = resolve_device(spec.launch)
     processes = spec.launch.world_size
     chosen, why = fitted(spec, line.model_dir)
-    strategy = Strategy.of(chosen).describe() + (f" ({why})" if why else "")
+    strategy = "; ".join([Strategy.of(chosen).describe(), *why])
     found = expected_memory(chosen, line.model_dir)
     memory = found.describe() if found else ""
     if found and not found.fits:

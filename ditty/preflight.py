@@ -102,7 +102,8 @@ def _brief(value: object) -> str:
 
 def _global_batch(spec: dict) -> int:
     train = spec["train"]
-    size: int = train["micro_batch_size"] * train["gradient_accumulation_steps"]
+    rows = train["micro_batch_size"]
+    size: int = (1 if rows == "auto" else rows) * train["gradient_accumulation_steps"]
     launch = spec["launch"]
     return size * int(launch["num_processes"]) * int(launch.get("num_machines", 1))
 

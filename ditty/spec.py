@@ -5,6 +5,7 @@ make no sense are refused here, before a process is started.
 """
 
 import re
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -75,8 +76,9 @@ class TrainSpec(Section):
     """Stop after this many steps; overrides `epochs`."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the packed rows."""
-    micro_batch_size: int = Field(default=1, ge=1)
-    """Rows in one forward pass of one process."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Rows in one forward pass of one process. `auto`: on GPUs as many as fit with all activations
+    kept, and as many fewer `gradient_accumulation_steps`: their product stays what it is with 1."""
     gradient_accumulation_steps: int = Field(default=8, ge=1)
     """Forward passes a process adds up before a step."""
     sharding: Sharding = Sharding.AUTO
@@ -149,6 +151,11 @@ class TrainSpec(Section):
     """Steps between such completions, besides those before and after."""
     sample_max_tokens: int = Field(default=64, ge=1)
     """Tokens of each such completion, at most."""
+
+    @property
+    def micro_batch(self) -> int:
+        """`micro_batch_size` as a number: `auto` is 1 until it is resolved (ditty.fit)."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
     def evaluation_decides(self) -> bool:
@@ -281,4 +288,4 @@ class RunSpec(Section):
     def global_batch_size(self) -> int:
         """Rows a step over all processes."""
         train = self.train
-        return train.micro_batch_size * train.gradient_accumulation_steps * self.launch.world_size
+        return train.micro_batch * train.gradient_accumulation_steps * self.launch.world_size

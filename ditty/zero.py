@@ -138,7 +138,7 @@ def ds_config(module: torch.nn.Module, train: TrainSpec, world: World) -> dict[s
         zero["offload_optimizer"] = {"device": "cpu"}
         zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "zero_optimization": zero,
         "bf16": {"enabled": train.precision is Precision.BF16},

@@ -86,8 +86,8 @@ def run_attempt(ref: StageRef, work: Work) -> None:
     log = get_run_logger()
     run, spec = work.run, work.spec
     chosen, why = fitted(spec, work.model_dir)
-    if why:
-        log.info("%s", why)
+    for line in why:
+        log.info("%s", line)
     with ExitStack() as stack:
         if spec.upload.url and fetch_result(
             work.store, Remote(spec.upload.url), spec.name, ref.key, log

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ditty.choices import ActivationCheckpointing, Sharding
-from ditty.fit import fitted
+from ditty.errors import SpecError
+from ditty.fit import expected_memory, fitted
 from ditty.memory import Sizes, budget_of, expect_held, plan_memory
 from ditty.model import add_adapter
 from ditty.parallel import make_parallel
@@ -164,11 +165,15 @@ def pair_of(model: dict | None = None, **train) -> RunSpec:
 def test_auto_makes_replicas_where_they_fit_and_cuts_where_they_do_not(gpus):
     spec = pair_of({"quantization": "nf4"})
     roomy, why = fitted(spec, gpus(80))
-    assert roomy.sharding is Sharding.DDP and "a copy of everything fits" in why
+    assert roomy.sharding is Sharding.DDP and "a copy of everything fits" in why[0]
     tight, why = fitted(pair_of(), gpus(16))
-    assert tight.sharding is Sharding.FSDP2 and "would not fit" in why and "of 14.7 GB" in why
+    assert tight.sharding is Sharding.FSDP2 and "would not fit" in why[0] and "of 14.7 GB" in why[0]
     kept, why = fitted(pair_of(optimizer="muon"), gpus(16))
-    assert kept.sharding is Sharding.DDP and "may not fit" in why and "muon looks at whole" in why
+    assert (
+        kept.sharding is Sharding.DDP
+        and "may not fit" in why[0]
+        and "muon looks at whole" in why[0]
+    )
 
 
 def test_auto_has_nothing_to_choose(gpus):
@@ -176,3 +181,29 @@ def test_auto_has_nothing_to_choose(gpus):
         found, why = fitted(spec, gpus(cards))
         assert found.sharding is spec.sharding and not why
     assert fitted(pair_of(), None)[0].sharding is Sharding.DDP  # a model that is not fetched yet
+
+
+def test_auto_takes_as_many_rows_at_once_as_fit_and_the_step_stays(gpus):
+    rows = {"micro_batch_size": "auto", "gradient_accumulation_steps": 24}
+    spec = spec_of({"quantization": "nf4"}, **rows)
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"seq_len": 2048})})
+    assert spec.global_batch_size == 24
+    sizes = []
+    for card in (12, 24, 40, 60, 200):
+        found, why = fitted(spec, gpus(card))
+        memory = expected_memory(found, gpus(card))
+        assert found.global_batch_size == 24 and memory is not None
+        if found.train.micro_batch > 1:
+            assert memory.fits and memory.recomputed == 0
+        assert f"train.micro_batch_size is {found.train.micro_batch_size}, " in why[0]
+        sizes.append(found.train.micro_batch)
+    assert sizes == sorted(sizes) and sizes[0] == 1 and sizes[-1] == 12  # 16 does not divide 24
+    assert all(24 % size == 0 for size in sizes) and len(set(sizes)) > 3
+
+
+def test_auto_rows_of_what_is_not_predicted_are_refused(gpus, tmp_path):
+    spec = spec_of(micro_batch_size="auto", gradient_accumulation_steps=8)
+    with pytest.raises(SpecError, match="micro_batch_size: auto needs a model whose memory"):
+        fitted(spec, gpus(None))
+    with pytest.raises(ValueError, match="micro_batch_size"):
+        spec_of(micro_batch_size="all")
