@@ -73,6 +73,9 @@ class DataSpec(Section):
     """Share of rows held out, chosen by a hash of the row."""
     eval_max_rows: int | None = Field(default=None, ge=1)
     """Hold out at most this many rows; the rest of the held-out rows is not used at all."""
+    max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+    """A stage sets rows aside that cannot be used (broken JSON, another type, null where the format
+    needs a value), and fails if they are more than this share of those it has read."""
     num_proc: int = Field(default=1, ge=1)
     """Processes for the row operations; does not change the result."""
 

@@ -1,68 +1,67 @@
 """Rows as Python dicts -> one table: types are found over all rows, memory holds one batch."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty import tables
 from ditty.errors import DataError
+from ditty.quarantine import BadRow, Quarantine
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Located = tuple[int, Any]
-"""(position, row): the number of a line or of an item, for errors."""
-
-Describe = Callable[[int], str]
-"""A position as a person would look it up: `file.jsonl, line 7`."""
+"""(position, row or `BadRow`): the number of a line or of an item."""
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without its end) of a UTF-8 file.
-
-    Raises:
-        DataError: a line is not UTF-8; names the line, the byte and its value.
-    """
+def text_lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
+    """(line number from 1, text without its end) of a UTF-8 file."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: byte {error.start + 1} of the line is "
-                    f"0x{line[error.start]:02x}, which is not UTF-8: convert the file "
-                    "(iconv -f latin1 -t utf-8) or drop the line"
-                ) from error
-            yield number, text.rstrip("\r\n")
+            yield number, _decoded(line.rstrip(b"\r\n"))
+
+
+def _decoded(line: bytes) -> str | BadRow:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        detail = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
+        return BadRow("not UTF-8", line.decode("utf-8", "replace"), detail)
 
 
 def json_lines(path: Path) -> Iterator[Located]:
-    """The JSON value on each line that is not blank.
-
-    Raises:
-        DataError: a line is not JSON, or not UTF-8.
-    """
+    """The JSON value on each line that is not blank."""
     for number, text in text_lines(path):
-        if not text.strip():
-            continue
-        try:
-            yield number, json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+        if isinstance(text, BadRow):
+            yield number, text
+        elif text.strip():
+            try:
+                yield number, json.loads(text)
+            except ValueError as error:
+                yield number, BadRow("not JSON", text, str(error))
 
 
 def json_items(path: Path) -> Iterator[Located]:
     """The items of a JSON list, which is read as a whole.
 
     Raises:
-        DataError: not JSON (with the line), or not a list.
+        DataError: not UTF-8, not JSON (with the line), or not a list.
     """
-    text = "\n".join(line for _, line in text_lines(path))
+    lines = []
+    for number, line in text_lines(path):
+        if isinstance(line, BadRow):
+            raise DataError(
+                f"{path}, line {number}: {line.detail} of the line, which is not UTF-8: convert "
+                "the file (iconv -f latin1 -t utf-8)"
+            )
+        lines.append(line)
     try:
-        value = json.loads(text)
+        value = json.loads("\n".join(lines))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, list):
@@ -70,92 +69,131 @@ def json_items(path: Path) -> Iterator[Located]:
     yield from enumerate(value)
 
 
-def write_rows(rows: Iterable[Located], path: Path, describe: Describe) -> "pa.Schema":
+def write_rows(rows: Iterable[Located], path: Path, quarantine: Quarantine) -> "pa.Schema":
     """Write dict rows to the table at `path`; a missing value is null.
 
     A column's type is the one that holds all its values: integers and floats make floats, objects
-    with different keys make one object with all keys. Nothing else is converted.
-
-    Raises:
-        DataError: a row is no dict, or a column mixes types; `describe` says where.
+    with different keys make one object with all keys. Nothing else is converted: a row with
+    another type goes to the quarantine, and so does one that is no dict or has no columns. What
+    the type is, the rows before have said; where there are none, most of the first batch.
     """
     import pyarrow as pa
 
     spool = path.with_name(f".{path.name}.spool")
-    schemas: list[pa.Schema] = []
+    schema, count = pa.schema([]), 0
     try:
         with pa.OSFile(str(spool), "wb") as sink:
             iterator = iter(rows)
             while batch := list(islice(iterator, tables.BATCH_ROWS)):
-                table = _table(batch, describe)
-                schemas.append(_merge(schemas, table.schema, describe(batch[0][0])))
-                with pa.ipc.new_stream(sink, table.schema) as stream:
-                    stream.write_table(table)
-        schema = schemas[-1] if schemas else pa.schema([])
-        tables.write(path, _conform(spool, len(schemas), schema), schema)
+                table = _good_rows(batch, schema, quarantine)
+                if table.num_rows:
+                    schema, count = _merge(schema, table.schema), count + 1
+                    with pa.ipc.new_stream(sink, table.schema) as stream:
+                        stream.write_table(table)
+        tables.write(path, _conform(spool, count, schema), schema)
     finally:
         spool.unlink(missing_ok=True)
     return schema
 
 
-def _table(batch: list[Located], describe: Describe) -> "pa.Table":
+def _good_rows(batch: list[Located], known: "pa.Schema", quarantine: Quarantine) -> "pa.Table":
+    """A batch as a table that goes with the columns `known` so far; the rest is set aside."""
     import pyarrow as pa
 
-    for position, row in batch:
-        if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
-            raise DataError(
-                f"{describe(position)} holds {_shown(row)}, expected an object with named columns"
-            )
-    names = dict.fromkeys(name for _, row in batch for name in row)
-    if not names:
-        raise DataError(f"{describe(batch[0][0])} has no columns")
-    columns = {}
-    for name in names:
-        try:
-            columns[name] = pa.array([row.get(name) for _, row in batch])
-        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-            raise DataError(_blame(name, batch, describe, error)) from error
-    return pa.table(columns)
-
-
-def _blame(name: str, batch: list[Located], describe: Describe, error: Exception) -> str:
-    """Which two values of a column do not go together, or which one cannot be stored."""
-    import pyarrow as pa
-
-    first: Located | None = None
-    for position, row in batch:
-        value = row.get(name)
-        if value is None:
-            continue
-        try:
-            pa.array([value])
-        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as own:
-            return f"{describe(position)}: column {name!r} holds {_shown(value)}: {own}"
-        if first is None:
-            first = position, value
-            continue
-        try:
-            pa.array([first[1], value])
-        except (pa.ArrowException, OverflowError):
-            return (
-                f"column {name!r} mixes types: {_shown(first[1])} at {describe(first[0])} and "
-                f"{_shown(value)} at {describe(position)}"
-            )
-    return f"column {name!r} from {describe(batch[0][0])} on: {error}"
-
-
-def _merge(known: "list[pa.Schema]", schema: "pa.Schema", where: str) -> "pa.Schema":
-    """The schema of all rows up to and with a batch that starts at `where`."""
-    import pyarrow as pa
-
-    if not known:
-        return schema
+    quarantine.read += len(batch)
+    bad = {p: row for p, row in ((p, _unusable(row)) for p, row in batch) if row is not None}
+    good = [(p, row) for p, row in batch if p not in bad]
     try:
-        return pa.unify_schemas([known[-1], schema], promote_options="permissive")
-    except pa.ArrowException as error:
-        raise DataError(
-            f"from {where} on, a column has another type than before: {error}"
-        ) from error
+        table = _table(good)
+        _merge(known, table.schema)
+    except _unfit():
+        bad |= _misfits(good, known)
+        good = [(p, row) for p, row in good if p not in bad]
+        try:
+            table = _table(good)
+        except _unfit() as error:
+            raise DataError(f"from {quarantine.where(batch[0][0])} on: {error}") from error
+    for position in sorted(bad):
+        quarantine.add(position, bad[position])
+    return table if good else pa.table({})
+
+
+def _unusable(row: Any) -> BadRow | None:
+    if isinstance(row, BadRow):
+        return row
+    if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
+        return BadRow(f"{type(row).__name__}, expected an object with named columns", row)
+    return None if row else BadRow("no columns", row)
+
+
+def _table(batch: list[Located]) -> "pa.Table":
+    import pyarrow as pa
+
+    names = dict.fromkeys(name for _, row in batch for name in row)
+    return pa.table({name: pa.array([row.get(name) for _, row in batch]) for name in names})
+
+
+def _misfits(batch: list[Located], known: "pa.Schema") -> dict[int, BadRow]:
+    """By position, the rows with a value that cannot be stored, or of another type than most."""
+    bad: dict[int, BadRow] = {}
+    for name in dict.fromkeys(name for _, row in batch for name in row):
+        found: dict[int, pa.DataType] = {}
+        for position, row in batch:
+            if row.get(name) is not None and position not in bad:
+                try:
+                    found[position] = _type(row[name])
+                except _unfit() as error:
+                    bad[position] = BadRow(f"column {name!r} cannot be stored", row, str(error))
+        rows = dict(batch)
+        expected = _expected(known, name, found)
+        for position, got in found.items():
+            try:
+                expected = _unified(expected, got)
+            except _unfit():
+                kind = type(rows[position][name]).__name__
+                reason = f"column {name!r} holds {kind}, expected {_short(expected)}"
+                bad[position] = BadRow(reason, rows[position])
+    return bad
+
+
+def _expected(known: "pa.Schema", name: str, found: "dict[int, pa.DataType]") -> "pa.DataType":
+    """What the rows before have in a column; where that is nothing, what most rows here have."""
+    import pyarrow as pa
+
+    before = known.field(name).type if name in known.names else pa.null()
+    commonest = Counter(found.values()).most_common(1)
+    return commonest[0][0] if before == pa.null() and commonest else before
+
+
+def _unfit() -> tuple[type[Exception], ...]:
+    """What Arrow raises for values that do not go into one column."""
+    import pyarrow as pa
+
+    return pa.ArrowException, OverflowError, UnicodeEncodeError
+
+
+def _type(value: Any) -> "pa.DataType":
+    import pyarrow as pa
+
+    return pa.array([value]).type
+
+
+def _unified(one: "pa.DataType", other: "pa.DataType") -> "pa.DataType":
+    import pyarrow as pa
+
+    return _merge(pa.schema([("x", one)]), pa.schema([("x", other)])).field("x").type
+
+
+def _merge(known: "pa.Schema", schema: "pa.Schema") -> "pa.Schema":
+    """The columns of both."""
+    import pyarrow as pa
+
+    return pa.unify_schemas([known, schema], promote_options="permissive")
+
+
+def _short(kind: "pa.DataType") -> str:
+    text = str(kind)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _conform(spool: Path, count: int, schema: "pa.Schema") -> "Iterator[pa.Table]":
@@ -172,8 +210,3 @@ def _conform(spool: Path, count: int, schema: "pa.Schema") -> "Iterator[pa.Table
                 for field in schema
             ]
             yield pa.table(columns, schema=schema)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -11,10 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty import functions, rows, tables
+from ditty import columnar, functions, rows, tables
 from ditty.dataspec import DataSpec
 from ditty.errors import DataError
 from ditty.files import canonical_json, read_json, sha256_bytes, sha256_file
+from ditty.quarantine import Quarantine
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,29 +57,57 @@ def identify(data: DataSpec) -> dict[str, Any]:
 def load(data: DataSpec, out: Path) -> dict[str, Any]:
     """Write the rows of a source to `out/data.arrow`.
 
+    A row that cannot be used goes to `out/quarantine.jsonl`, see `quarantine`.
+
     Returns:
-        {"rows": their number, "columns": their names}
+        read (rows of the source, at most max_rows), rows (those in the table), quarantined (reason
+        -> rows), columns (their names).
 
     Raises:
-        DataError: no rows, a line or row that cannot be read (says which), a row that is no dict,
-            a column of mixed types, or a function that failed.
+        DataError: no rows, a file that cannot be read as a whole, a function that failed, or more
+            bad rows than `data.max_bad_fraction` allows (says which and why).
     """
+    word = _position_word(data.source)
+    with Quarantine(out, data.source, word) as quarantine:
+        schema = _write(data, out, quarantine)
+        kept = tables.read(out / DATA).num_rows
+        quarantined = quarantine.settle(kept, data.max_bad_fraction)
+    if kept == 0:
+        raise DataError(f"{data.source} has no rows")
+    return {
+        "read": quarantine.read,
+        "rows": kept,
+        "quarantined": quarantined,
+        "columns": schema.names,
+    }
+
+
+def _write(data: DataSpec, out: Path, quarantine: Quarantine) -> "pa.Schema":
     kind = _kind(data.source)
+    path = _path(data.source)
     if kind == "function":
         with functions.importable():
-            schema = _write(data, _generated(data.source), out, f"{data.source}, row")
-    elif kind == "file" and _path(data.source).suffix in (".jsonl", ".json", ".txt"):
-        path = _path(data.source)
-        word = "item" if _is_json_list(path) else "line"
-        schema = _write(data, _text_rows(path), out, f"{path}, {word}")
+            yielded = islice(_generated(data.source), data.max_rows)
+            return rows.write_rows(yielded, out / DATA, quarantine)
+    if kind == "file" and path.suffix in (".jsonl", ".json", ".txt"):
+        return rows.write_rows(islice(_text_rows(path), data.max_rows), out / DATA, quarantine)
+    if kind == "file" and path.suffix == ".csv":
+        text = _text_columns(data)
+        schema, batches = columnar.csv_file(path, text, data.max_rows, quarantine)
     else:
-        reader = {"file": _columnar_file, "folder": _saved_folder, "hub": _hub}[kind]
-        schema, batches = reader(data)
-        tables.write(out / DATA, _first(batches, data.max_rows), schema)
-    count = tables.read(out / DATA).num_rows
-    if count == 0:
-        raise DataError(f"{data.source} has no rows")
-    return {"rows": count, "columns": schema.names}
+        reader = {"file": _parquet, "folder": _saved_folder, "hub": _hub}[kind]
+        schema, found = reader(data)
+        batches = columnar.valid_text(_first(found, data.max_rows), quarantine)
+    tables.write(out / DATA, batches, schema)
+    return schema
+
+
+def _position_word(source: str) -> str:
+    """What a position in a source counts."""
+    path = _path(source)
+    if not path.is_file() or path.suffix not in (".jsonl", ".json", ".txt"):
+        return "row"
+    return "item" if _is_json_list(path) else "line"
 
 
 def _kind(source: str) -> str:
@@ -113,13 +142,10 @@ def _nearest_file(path: Path) -> str:
 # Rows as Python dicts: text files and functions.
 
 
-def _write(data: DataSpec, found: Iterable[rows.Located], out: Path, word: str) -> "pa.Schema":
-    return rows.write_rows(islice(found, data.max_rows), out / DATA, lambda n: f"{word} {n}")
-
-
 def _text_rows(path: Path) -> Iterator[rows.Located]:
     if path.suffix == ".txt":
-        return ((number, {"text": text}) for number, text in rows.text_lines(path))
+        lines = rows.text_lines(path)
+        return ((n, {"text": t} if isinstance(t, str) else t) for n, t in lines)
     return rows.json_items(path) if _is_json_list(path) else rows.json_lines(path)
 
 
@@ -150,46 +176,17 @@ def _generated(source: str) -> Iterator[rows.Located]:
 # Rows as Arrow batches: columnar files, saved folders, the hub.
 
 
-def _columnar_file(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
-    path = _path(data.source)
-    return _csv(path, _text_columns(data)) if path.suffix == ".csv" else _parquet(path)
-
-
-def _csv(path: Path, text_columns: list[str]) -> "tuple[pa.Schema, Iterator[pa.Table]]":
-    """Columns that the format reads are text; the types of others are guessed (first 16 MB)."""
-    import pyarrow as pa
-    from pyarrow import csv
-
-    for _ in rows.text_lines(path):  # pyarrow would make a bad byte's column binary in silence
-        pass
-    try:
-        reader = csv.open_csv(
-            path,
-            read_options=csv.ReadOptions(block_size=16 << 20),
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(
-                column_types={name: pa.string() for name in text_columns}
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: {error}") from error
-    names = reader.schema.names
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise DataError(f"{path} has several columns named {', '.join(double)}")
-    return reader.schema, _tables(path, iter(reader))
-
-
-def _parquet(path: Path) -> "tuple[pa.Schema, Iterator[pa.Table]]":
+def _parquet(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
     import pyarrow as pa
     from pyarrow import parquet
 
+    path = _path(data.source)
     try:
         file = parquet.ParquetFile(path, memory_map=True)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is not a parquet file: {error}") from error
     schema = _decoded(file.schema_arrow)
-    return schema, _tables(path, file.iter_batches(batch_size=tables.BATCH_ROWS))
+    return schema, columnar.tables_of(path, file.iter_batches(batch_size=tables.BATCH_ROWS))
 
 
 def _decoded(schema: "pa.Schema") -> "pa.Schema":
@@ -201,18 +198,6 @@ def _decoded(schema: "pa.Schema") -> "pa.Schema":
         for field in schema
     ]
     return pa.schema(fields)
-
-
-def _tables(path: Path, batches: "Iterable[pa.RecordBatch]") -> "Iterator[pa.Table]":
-    import pyarrow as pa
-
-    count = 0
-    try:
-        for batch in batches:
-            yield pa.Table.from_batches([batch])
-            count += batch.num_rows
-    except pa.ArrowException as error:
-        raise DataError(f"{path}, after row {count}: {error}") from error
 
 
 def _first(batches: "Iterable[pa.Table]", count: int | None) -> "Iterator[pa.Table]":
@@ -260,7 +245,7 @@ def _saved_folder(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{files[0]} is no Arrow table: {error}") from error
     batches = (batch for file in files for batch in tables.batches(file))
-    return schema, _tables(_path(data.source), batches)
+    return schema, columnar.tables_of(_path(data.source), batches)
 
 
 def hub_commit(data: DataSpec) -> str:

@@ -20,7 +20,7 @@ from ditty.spec import RunSpec
 
 VERSIONS = {
     "fetch": 1,
-    "load": 1,
+    "load": 2,
     "filter": 1,
     "map": 1,
     "tokenize": 1,

@@ -1,7 +1,7 @@
 """Rows -> token ids and labels, split into training and held-out rows.
 
 Labels are not shifted; -100 marks what is not supervised. Nothing is lost without a count:
-rows = train_rows + eval_rows + eval_unused + the sum of `dropped`.
+rows = train_rows + eval_rows + eval_unused + the sums of `dropped` and `quarantined`.
 """
 
 import difflib
@@ -18,6 +18,7 @@ from ditty.choices import DataFormat, LossOn, Overlong
 from ditty.dataspec import DataSpec
 from ditty.errors import DataError
 from ditty.files import canonical_json
+from ditty.quarantine import BadRow, Quarantine
 from ditty.sources import DATA
 
 if TYPE_CHECKING:
@@ -43,39 +44,44 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     """Turn `source/data.arrow` into `out/train.arrow` and `out/eval.arrow`.
 
     Both have the columns input_ids and labels (list<int32>), 2 to `seq_len` tokens a row, in the
-    order of the source. A row is held out by a hash of its content, so equal rows go the same way.
+    order of the source. A row that cannot be read goes to `out/quarantine.jsonl`. A row is held out
+    by a hash of its content, so equal rows go the same way.
 
     Returns:
         rows, train_rows, eval_rows, eval_unused (held out beyond eval_max_rows), dropped (reason
         -> rows: `empty`, `overlong`, `no_supervised_token`, `truncated_supervision`,
-        `split_token`), truncated (rows cut and kept), max_length (tokens of the longest row before
-        any cut), tokens and supervised_tokens of the training rows, eval_tokens and
-        eval_supervised_tokens. A row's first token is never predicted, so it never counts as
-        supervised.
+        `split_token`), quarantined (reason -> rows, see `row_problem`), truncated (rows cut and
+        kept), max_length (tokens of the longest row before any cut), tokens and supervised_tokens
+        of the training rows, eval_tokens and eval_supervised_tokens. A row's first token is never
+        predicted, so it never counts as supervised.
 
     Raises:
-        DataError: the tokenizer or a row does not fit `data.format`, or no row is left to train on.
+        DataError: the tokenizer or the columns do not fit `data.format`, more rows do not than
+            `data.max_bad_fraction` allows, or no row is left to train on.
     """
     table = tables.read(source / DATA)
     columns = find_columns(data, table.column_names)
     encode = _encoder(data, load_tokenizer(tokenizer_dir))
     counts, held_out = _Counts(), _HeldOut(data)
     with (
+        Quarantine(out, "the rows to tokenize", "row") as quarantine,
         tables.TableWriter(out / TRAIN, token_schema()) as train,
         tables.TableWriter(out / EVAL, token_schema()) as evaluation,
     ):
         for batch in table.select(list(columns.values())).to_batches(tables.BATCH_ROWS):
             rows = [dict(zip(columns, row.values(), strict=True)) for row in batch.to_pylist()]
-            check_rows(rows, columns, counts.rows)
+            readable = _encode_good(rows, columns, encode, quarantine)
             kept = []
-            for row, encoded in zip(rows, encode(rows, counts.rows), strict=True):
+            for row, encoded in zip(rows, readable, strict=True):
                 fitting = counts.fit(encoded, data)
                 if fitting is not None and not held_out.takes(counts.rows, row, fitting):
                     kept.append(fitting)
             train.write(_token_table(kept, counts.tokens))
             evaluation.write(_token_table(held_out.settled(), counts.eval_tokens))
         evaluation.write(_token_table(held_out.rest(), counts.eval_tokens))
-    facts = counts.facts(train.rows, evaluation.rows, held_out.unused)
+        facts = counts.facts(train.rows, evaluation.rows, held_out.unused)
+        readable_rows = counts.rows - counts.bad
+        facts["quarantined"] = quarantine.settle(readable_rows, data.max_bad_fraction)
     if train.rows == 0:
         raise DataError(f"no row is left to train on: {facts}")
     return facts
@@ -129,33 +135,60 @@ def find_columns(data: DataSpec, present: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def check_rows(rows: Sequence[Row], columns: dict[str, str], first_row: int) -> None:
-    """Raise a DataError at the first value of another type than the format reads."""
-    for number, row in enumerate(rows, first_row):
-        for standard, value in row.items():
-            problem = _chat_problem(value) if standard == "messages" else _text_problem(value)
-            if problem:
-                raise DataError(f"row {number}: column {columns[standard]!r} {problem}")
+def _encode_good(
+    rows: Sequence[Row], columns: dict[str, str], encode: Encoder, quarantine: Quarantine
+) -> list[Encoded | None]:
+    """The rows as tokens; None: it is in the quarantine."""
+    first = quarantine.read
+    quarantine.read += len(rows)
+    bad = {index: p for index, row in enumerate(rows) if (p := row_problem(row, columns))}
+    # Encoders number rows in their errors: in the place of a bad one they get an empty one.
+    empty: Row = {name: [] if name == "messages" else "" for name in columns}
+    encoded = encode([empty if i in bad else row for i, row in enumerate(rows)], first)
+    for index, problem in bad.items():
+        quarantine.add(first + index, problem)
+    return [None if index in bad else row for index, row in enumerate(encoded)]
 
 
-def _text_problem(value: Any) -> str | None:
-    return None if isinstance(value, str) else f"holds {_shown(value)}, expected a string"
+def row_problem(row: Row, columns: dict[str, str]) -> BadRow | None:
+    """Why a row cannot be read: a value is missing, or of another type than the format reads.
+
+    Args:
+        row: by standard names.
+        columns: standard name -> the column's name in the data.
+    """
+    for standard, value in row.items():
+        name = columns[standard]
+        if value is None:
+            return BadRow(f"column {name!r} is null", row)
+        if standard == "messages":
+            if problem := _chat_problem(value):
+                return BadRow(f"column {name!r} {problem[0]}", row, problem[1])
+        elif not isinstance(value, str):
+            return BadRow(f"column {name!r} holds {_kind(value)}, expected a string", row)
+    return None
 
 
-def _chat_problem(value: Any) -> str | None:
+def _chat_problem(value: Any) -> tuple[str, str] | None:
+    """(what is wrong, where)."""
     expected = "expected a list of {role, content}"
     if not isinstance(value, list):
-        return f"holds {_shown(value)}, {expected}"
+        return f"holds {_kind(value)}, {expected}", ""
     for turn, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            return f"has {_shown(message)} at turn {turn}, {expected}"
+        if not isinstance(message, dict):
+            return f"has a turn that is {_kind(message)}, {expected}", f"turn {turn}"
         for key in ("role", "content"):
             # A turn that only calls tools has no content.
-            if message[key] is None and key == "content" and message.get("tool_calls"):
+            if message.get(key) is None and key == "content" and message.get("tool_calls"):
                 continue
-            if not isinstance(message[key], str):
-                return f"has a {key} of {_shown(message[key])} at turn {turn}, expected a string"
+            if not isinstance(message.get(key), str):
+                got = _kind(message.get(key))
+                return f"has a turn whose {key} is {got}, expected a string", f"turn {turn}"
     return None
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def row_fraction(row: Row) -> float:
@@ -245,16 +278,25 @@ class _Counts:
     """What became of the rows so far."""
 
     rows: int = 0
+    bad: int = 0
     truncated: int = 0
     max_length: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     eval_tokens: Counter[str] = field(default_factory=Counter)
 
-    def fit(self, row: Encoded, data: DataSpec) -> Encoded | None:
-        """The row as it is used, at most `seq_len` tokens; None: dropped, and counted."""
-        number, length = self.rows, len(row.ids)
+    def fit(self, row: Encoded | None, data: DataSpec) -> Encoded | None:
+        """The row as it is used, at most `seq_len` tokens; None: dropped, and counted.
+
+        Args:
+            row: None: it is in the quarantine.
+        """
+        number = self.rows
         self.rows += 1
+        if row is None:
+            self.bad += 1
+            return None
+        length = len(row.ids)
         self.max_length = max(self.max_length, length)
         problem = row.problem or (None if _has_target(row) else "no_supervised_token")
         if problem is None and length > data.seq_len:
@@ -278,7 +320,7 @@ class _Counts:
     def facts(self, train_rows: int, eval_rows: int, eval_unused: int) -> dict[str, Any]:
         """The counts as `tokenize` returns them."""
         used = train_rows + eval_rows + eval_unused
-        assert self.rows == used + self.dropped.total(), (self, used)
+        assert self.rows == used + self.dropped.total() + self.bad, (self, used)
         return {
             "rows": self.rows,
             "train_rows": train_rows,
@@ -333,8 +375,3 @@ class _HeldOut:
         rows = [encoded for _, _, encoded in sorted(self._held, key=lambda entry: entry[1])]
         self._held = []
         return rows
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

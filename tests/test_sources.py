@@ -1,9 +1,10 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -32,8 +33,23 @@ def loaded(tmp_path, source, **spec):
     facts = load(DataSpec(source=str(source), **spec), out)
     assert [p.name for p in out.iterdir()] == ["data.arrow"], "no temporary file stays"
     rows = tables.read(out / "data.arrow").to_pylist()
-    assert facts == {"rows": len(rows), "columns": list(rows[0])}
+    told = {"rows": len(rows), "columns": list(rows[0])}
+    assert facts == {"read": len(rows), "quarantined": {}, **told}
     return rows
+
+
+def quarantined(tmp_path, source, **spec):
+    """Facts, rows and the lines of the quarantine, where there may be bad rows."""
+    out = tmp_path / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    facts = load(DataSpec(source=str(source), **spec), out)
+    assert sorted(p.name for p in out.iterdir()) == ["data.arrow", "quarantine.jsonl"]
+    rows = tables.read(out / "data.arrow").to_pylist()
+    lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert facts["read"] == facts["rows"] + len(lines) == len(rows) + len(lines)
+    assert facts["quarantined"] == Counter(line["reason"] for line in lines)
+    return facts, rows, lines
 
 
 def write(path, content):
@@ -198,28 +214,30 @@ def test_a_function_says_what_else_its_rows_depend_on(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": \n', r"a.jsonl, line 2 is not JSON: "),
-        ("a.jsonl", b'{"a": 1}\n\n{"a": "\xff"}', r"a.jsonl, line 3: byte 8 .* 0xff, .*not UTF-8"),
-        ("a.jsonl", '{"a": 1}\n[1]', r"a.jsonl, line 2 holds list \[1\], expected an object"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"1 of 2 rows .* x not JSON, at line 2 \(Expect"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": "\xff"}', r"x not UTF-8, at line 3 \(byte 8 is 0xff\)"),
+        ("a.jsonl", '{"a": 1}\n[1]', r"x list, expected an object .*, at line 2 \(\[1\]\)"),
         ("a.jsonl", "\n \n", "has no rows"),
         ("a.jsonl", "", "has no rows"),
-        ("a.jsonl", "{}", "line 1 has no columns"),
+        ("a.jsonl", "{}", "x no columns, at line 1"),
         ("a.jsonl", '{"a": 1}\n{"b": 2}\n{"a": "x"}',
-         "column 'a' mixes types: int 1 at .*line 1 and str 'x' at .*line 3"),
-        ("a.jsonl", '{"a": true}\n{"a": 0}', "column 'a' mixes types: bool True"),
-        ("a.jsonl", '{"a": 1}\n' * 1000 + '{"a": "x"}', "from .*line 1001 on.* int64 vs string"),
-        ("a.jsonl", '{"a": 1}\n{"a": 99999999999999999999999}', "2: column 'a' holds int 99"),
-        ("a.jsonl", '{"a": "\\ud800"}', "line 1: column 'a' holds str .*surrogates"),
-        ("a.json", '[{"a": 1}, 2]', "a.json, item 1 holds int 2, expected an object"),
+         "x column 'a' holds str, expected int64, at line 3"),
+        ("a.jsonl", '{"a": true}\n{"a": 0}', "x column 'a' holds int, expected bool, at line 2"),
+        ("a.jsonl", '{"a": 1}\n' * 10 + '{"a": "x"}', "1 of 11 rows .9.09%.* at line 11"),
+        ("a.jsonl", '{"a": 1}\n{"a": 99999999999999999999999}',
+         r"x column 'a' cannot be stored, at line 2 \(.*"),
+        ("a.jsonl", '{"a": "\\ud800"}', "column 'a' cannot be stored, at line 1 .*surrogates"),
+        ("a.json", '[{"a": 1}, 2]', "x int, expected an object .*, at item 1"),
         ("a.json", '[{"a": 1}, \n{"a"', "a.json is not JSON: .*line 2"),
         ("a.json", "[]", "has no rows"),
         ("a.csv", "", "a.csv: Empty CSV file"),
         ("a.csv", "a,b\n", "has no rows"),
         ("a.csv", "a,a\n1,2\n", "several columns named a"),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv: .*Expected 2 columns, got 3"),
-        ("a.csv", b"a,b\n1,\xe9\n", "a.csv, line 2: byte 3 .* 0xe9"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n",
+         r"x another number of fields .*, at row 3 \(3 fields, expected 2"),
+        ("a.csv", b"a,b\n1,\xe9\n", r"x not UTF-8, at row 2 \(column 'b'"),
         ("a.parquet", "nope", "is not a parquet file"),
-        ("a.txt", b"a\n\xc3", "a.txt, line 2: byte 1"),
+        ("a.txt", b"a\n\xc3", "x not UTF-8, at line 2 .byte 1 is 0xc3"),
         ("a.xml", "<a/>", r"suffix '.xml', expected one of .jsonl"),
     ],
 )  # fmt: skip
@@ -232,12 +250,15 @@ def test_files_that_cannot_be_read_say_where(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("yield {'a': 1}\n    yield [2]", r"rows.py:rows, row 1 holds list \[2\]"),
-        ("yield {1: 2}", "row 0 holds dict"),
+        (
+            "yield {'a': 1}\n    yield [2]",
+            r"rows.py:rows: .*x list, expected an object .* at row 1 \(\[2\]",
+        ),
+        ("yield {1: 2}", "x dict, expected an object with named columns, at row 0"),
         ("yield {'a': 1}\n    1 / 0", "failed after 1 rows: ZeroDivisionError"),
         ("return 3", "failed after 0 rows: TypeError"),
         ("return []", "has no rows"),
-        ("yield {'a': object()}", "row 0: column 'a' holds object"),
+        ("yield {'a': object()}", "x column 'a' cannot be stored, at row 0"),
     ],
 )
 def test_functions_that_fail_say_where(tmp_path, body, message):
@@ -258,6 +279,119 @@ def test_names_of_nothing(tmp_path):
     }.items():
         with pytest.raises(DataError, match=message):
             identify(DataSpec(source=source))
+
+
+# Bad rows
+
+
+def lines_with(bad, count=500):
+    """JSON lines, those of `bad` (number from 1 -> bytes) in the place of good ones."""
+    lines = [b'{"text": "row %d", "n": %d}' % (n, n) for n in range(1, count + 1)]
+    for number, content in bad.items():
+        lines[number - 1] = content
+    return b"\n".join(lines)
+
+
+def test_bad_rows_are_set_aside_with_place_and_reason(tmp_path):
+    huge = b"x" * (10 << 20)
+    bad = {
+        2: b'{"text": "b\xffc"}',
+        3: b'{"text": ',
+        77: b"[1]",
+        100: b"{}",
+        250: b'{"text": 5, "n": 1}',
+        251: b'{"text": "a", "n": 123456789012345678901234567890}',
+        499: b'{"text": "' + huge,
+    }
+    path = write(tmp_path / "rows.jsonl", lines_with(bad))
+    good = [{"text": f"row {n}", "n": n} for n in range(1, 501) if n not in bad]
+    facts, rows, lines = quarantined(tmp_path, path, max_bad_fraction=0.02)
+    assert rows == good, "as a plain loop over the good lines would have them"
+    assert [line["position"] for line in lines] == [f"line {n}" for n in bad]
+    assert [line["reason"] for line in lines] == [
+        "not UTF-8",
+        "not JSON",
+        "list, expected an object with named columns",
+        "no columns",
+        "column 'text' holds int, expected string",
+        "column 'n' cannot be stored",
+        "not JSON",
+    ]
+    assert lines[0]["excerpt"] == '{"text": "b\N{REPLACEMENT CHARACTER}c"}'
+    assert all(len(line["excerpt"]) <= 200 for line in lines)
+    assert str(tmp_path) not in json.dumps(lines), "the same bytes wherever the source stands"
+    with pytest.raises(DataError) as error:
+        quarantined(tmp_path, path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: 7 of 500 rows (1.40%) cannot be used, ")
+    assert message.count(" x ") == 3 and "2 x not JSON, at line 3, 499 (" in message
+    assert len(message) < 1500
+
+
+def test_the_odd_type_out_is_the_rarer_one(tmp_path):
+    """Whether it comes first, in a later batch, or deep inside."""
+    odd = {1: b'{"text": ["a"], "n": 1}', 2100: b'{"text": "a", "n": "one"}'}
+    path = write(tmp_path / "rows.jsonl", lines_with(odd, 2200))
+    _, rows, lines = quarantined(tmp_path, path)
+    assert len(rows) == 2198
+    assert [(line["position"], line["reason"]) for line in lines] == [
+        ("line 1", "column 'text' holds list, expected string"),
+        ("line 2100", "column 'n' holds str, expected int64"),
+    ]
+    chat = [{"messages": [{"role": "user", "content": "a"}]} for _ in range(200)]
+    chat[150] = {"messages": [{"role": "user", "content": {"parts": []}}]}
+    path = write(tmp_path / "chats.jsonl", "\n".join(map(json.dumps, chat)))
+    _, rows, lines = quarantined(tmp_path, path)
+    assert rows == chat[:150] + chat[151:] and lines[0]["position"] == "line 151"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_max_rows_counts_the_bad_ones(tmp_path, name):
+    bad = {2: b"nope", 5: b"nope", 7: b"nope", 12: b"nope"}
+    text = lines_with(bad, 12)
+    if name == "rows.csv":
+        text = b"text,n\n" + b"\n".join(bad.get(n, b"row,%d" % n) for n in range(1, 13))
+    path = write(tmp_path / name, text)
+    for count in range(2, 15):
+        facts, rows, _ = quarantined(tmp_path, path, max_rows=count, max_bad_fraction=0.5)
+        assert facts["read"] == min(count, 12)
+        assert [row["n"] for row in rows] == [
+            n for n in range(1, 13) if n <= count and n not in bad
+        ]
+
+
+def test_bad_rows_of_a_csv(tmp_path, monkeypatch):
+    monkeypatch.setattr("ditty.columnar.CSV_BLOCK_BYTES", 1000)  # many batches
+    lines = [b'"text\n%d",%d' % (n, n) for n in range(2, 1002)]
+    for number, line in {2: b"a", 500: b"b,\xff", 501: b"b,1,1", 1001: b"c"}.items():
+        lines[number - 2] = line
+    path = write(tmp_path / "rows.csv", b"text,n\n" + b"\n".join(lines))
+    _, rows, found = quarantined(tmp_path, path, columns={"text": "n"}, format="text")
+    assert [line["position"] for line in found] == ["row 2", "row 500", "row 501", "row 1001"]
+    assert found[1]["excerpt"] == '{"text": "b", "n": "\N{REPLACEMENT CHARACTER}"}'
+    good = [n for n in range(2, 1002) if n not in (2, 500, 501, 1001)]
+    assert rows == [{"text": f"text\n{n}", "n": str(n)} for n in good]
+
+
+def test_text_that_a_file_only_says_is_utf8(tmp_path):
+    import datasets
+
+    texts = [f"row {n}".encode() for n in range(1200)]
+    texts[1100] = b"b\xff"
+    column = pa.array(texts, pa.binary()).view(pa.string())
+    table = pa.table({"text": column, "n": range(1200)})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "folder")
+    for name in ("rows.parquet", "folder"):
+        _, rows, lines = quarantined(tmp_path, tmp_path / name)
+        assert [row["n"] for row in rows] == [*range(1100), *range(1101, 1200)]
+        assert [(x["position"], x["reason"]) for x in lines] == [("row 1100", "not UTF-8")]
+
+
+def test_the_threshold_is_no_part_of_the_identity(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", '{"text": "a"}'))
+    identities = [identify(DataSpec(source=path, max_bad_fraction=f)) for f in (0.0, 0.5)]
+    assert identities[0] == identities[1]
 
 
 # The hub

@@ -355,20 +355,58 @@ def test_null_keys_are_no_content():
 @pytest.mark.parametrize(
     ("spec", "value", "message"),
     [
-        ({"format": "text"}, 7, "row 0: column 'text' holds int 7, expected a string"),
-        ({"format": "text"}, None, "row 0: column 'text' holds NoneType None"),
-        ({}, "hi", r"column 'messages' holds str 'hi', expected a list of \{role, content\}"),
-        ({}, ["hi"], "row 0: column 'messages' has str 'hi' at turn 0"),
-        ({}, [{"role": "user", "text": "x"}], "row 0: .* has dict .* at turn 0, expected a list"),
-        ({}, [{"role": "user", "content": None}], "row 0: .* a content of NoneType None at turn 0"),
-        ({}, [{"role": 3, "content": "x"}], "row 0: .* has a role of int 3"),
-        ({}, [{"role": "user", "content": ["x"]}], "row 0: .* a content of list"),
+        ({"format": "text"}, 7, "column 'text' holds int, expected a string, at row 0 "),
+        ({"format": "text"}, None, r"column 'text' is null, at row 0 \(.*null"),
+        ({}, "hi", r"column 'messages' holds str, expected a list of \{role, content\}"),
+        ({}, ["hi"], r"column 'messages' has a turn that is str, .* at row 0 \(turn 0\)"),
+        ({}, [{"role": "user", "text": "x"}], "has a turn whose content is null, expected a str"),
+        ({}, [{"role": "user", "content": None}], "has a turn whose content is null, expected"),
+        ({}, [{"role": 3, "content": "x"}], "has a turn whose role is int"),
+        ({}, [{"role": "user", "content": ["x"]}], "has a turn whose content is list"),
     ],
 )  # fmt: skip
 def test_values_of_another_type_are_refused(tmp_path, chatml, spec, value, message):
     column = "text" if spec else "messages"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"1 of 1 rows .* cannot be used.*{message}"):
         run(tmp_path, [{column: value}], chatml, **spec)
+
+
+def test_a_few_bad_rows_are_set_aside(tmp_path, chatml):
+    """The others become what they become without them, and no row is lost without a count."""
+    good = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(1300)]
+    bad = {3: ("prompt", None), 700: ("completion", None), 1100: ("prompt", None)}
+    rows = [dict(row) for row in good]
+    for index, (name, value) in bad.items():
+        rows[index][name] = value
+    spec = {"format": "prompt_completion", "eval_fraction": 0.1}
+    others = [row for index, row in enumerate(good) if index not in bad]
+    _, train, held_out = run(tmp_path, others, chatml, **spec)
+    facts, *with_bad = run(tmp_path, rows, chatml, **spec)
+    assert with_bad == [train, held_out]
+    assert facts["quarantined"] == {"column 'completion' is null": 1, "column 'prompt' is null": 2}
+    assert facts["rows"] == 1300 == len(train) + len(held_out) + len(bad)
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {
+            "position": f"row {index}",
+            "reason": f"column {name!r} is null",
+            "detail": "",
+            "excerpt": json.dumps(rows[index]),
+        }
+        for index, (name, _) in bad.items()
+    ]
+    with pytest.raises(DataError, match=r"3 of 1,300 rows \(0.23%\).*2 x .*at row 3, 1100 .*; 1 x"):
+        run(tmp_path, rows, chatml, **spec, max_bad_fraction=0.002)
+
+
+def test_a_row_of_10_mb_is_as_any_other(tmp_path, chatml):
+    rows = [{"text": "a b c d " * 1_300_000}, {"text": "Hello there"}]
+    for overlong in ("truncate", "drop"):
+        facts, train, _ = run(tmp_path, rows, chatml, format="text", seq_len=64, overlong=overlong)
+        assert facts["max_length"] > 1_000_000
+        kept = [64] if overlong == "truncate" else []
+        assert [len(row["input_ids"]) for row in train][:-1] == kept
+        assert (facts["truncated"], facts["quarantined"]) == (len(kept), {})
 
 
 @pytest.mark.parametrize(

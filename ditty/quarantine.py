@@ -1,0 +1,141 @@
+"""Rows that cannot be used: set aside in a file of the stage's artifact, and counted by reason.
+
+A stage reads on past such a row, and fails at its end where they are more than the spec allows.
+"""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self
+
+from ditty.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FILE = "quarantine.jsonl"
+LONGEST_EXCERPT = 200  # characters of a row: one of 10 MB leaves as little behind as any other
+TOLD_REASONS = 3
+TOLD_POSITIONS = 3
+
+
+class BadRow(NamedTuple):
+    """What stands in the place of a row that cannot be used.
+
+    Attributes:
+        reason: in words that many rows share, since rows are counted by it: no values of the row.
+        value: the row, or as much of it as could be read.
+        detail: what is particular to this row.
+    """
+
+    reason: str
+    value: Any
+    detail: str = ""
+
+
+class Quarantine:
+    """The bad rows of one stage; use it in a `with` block, which also closes its file.
+
+    `quarantine.jsonl` appears with the first bad row. Each of its lines is {"position", "reason",
+    "detail", "excerpt"}; none depends on where the source stands on this machine.
+
+    Attributes:
+        read: rows read so far, good and bad; whoever reads them counts.
+        reasons: bad rows so far by reason.
+    """
+
+    def __init__(self, folder: Path, source: str, word: str):
+        """
+        Args:
+            folder: of the artifact, where the file goes.
+            source: what is read, for errors.
+            word: what a position counts: line, item, row.
+        """
+        self.read = 0
+        self.reasons: Counter[str] = Counter()
+        self._path, self._source, self._word = folder / FILE, source, word
+        self._file: IO[str] | None = None
+        self._first: dict[str, tuple[list[int], str]] = {}
+
+    def add(self, position: int, bad: BadRow) -> None:
+        """Set a row aside. Call it in the order of positions: the file has that order."""
+        excerpt = _shorten(_as_text(bad.value))
+        record = {
+            "position": f"{self._word} {position}",
+            "reason": bad.reason,
+            "detail": bad.detail,
+            "excerpt": excerpt,
+        }
+        if self._file is None:
+            self._file = self._path.open("w", encoding="utf-8")
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.reasons[bad.reason] += 1
+        positions, _ = self._first.setdefault(bad.reason, ([], bad.detail or excerpt))
+        if len(positions) < TOLD_POSITIONS:
+            positions.append(position)
+
+    def where(self, position: int) -> str:
+        """A position as a person would look it up: `rows.jsonl, line 7`."""
+        return f"{self._source}, {self._word} {position}"
+
+    def settle(self, kept: int, max_bad_fraction: float) -> dict[str, int]:
+        """The end of the stage; returns bad rows by reason.
+
+        Args:
+            kept: rows that were read and are not here.
+
+        Raises:
+            DataError: more than `max_bad_fraction` of the rows are here; tells the commonest
+                reasons, and where the first rows of each are.
+        """
+        bad = self.reasons.total()
+        assert self.read == kept + bad, (self.read, kept, self.reasons)
+        if bad > max_bad_fraction * self.read:
+            told = "; ".join(self._told(r, n) for r, n in self.reasons.most_common(TOLD_REASONS))
+            raise DataError(
+                f"{self._source}: {bad:,} of {self.read:,} rows ({bad / self.read:.2%}) cannot be "
+                f"used, data.max_bad_fraction allows {max_bad_fraction:.2%}: {told}. Mend or drop "
+                f"these rows, or raise data.max_bad_fraction: then they are listed in {FILE} of "
+                "the stage's artifact, and left out"
+            )
+        if bad:
+            reasons = ", ".join(f"{r} {n:,}" for r, n in self.reasons.most_common(TOLD_REASONS))
+            log.warning(
+                "%s: %d of %d rows cannot be used and are in %s of the artifact: %s",
+                *(self._source, bad, self.read, FILE, reasons),
+            )
+        return dict(sorted(self.reasons.items()))
+
+    def _told(self, reason: str, count: int) -> str:
+        positions, example = self._first[reason]
+        places = ", ".join(str(position) for position in positions)
+        more = ", ..." if count > len(positions) else ""
+        return f"{count:,} x {reason}, at {self._word} {places}{more} ({example})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # what a function yields can be anything
+        return repr(value)
+
+
+def _shorten(text: str) -> str:
+    if len(text) > LONGEST_EXCERPT:
+        text = f"{text[: LONGEST_EXCERPT - 3]}..."
+    return text.encode("utf-8", "replace").decode()
