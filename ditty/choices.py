@@ -8,6 +8,17 @@ class OperationMethod(StrEnum):
 
     FILTER = "filter"
     MAP = "map"
+    SELECT = "select"
+    CAST_COLUMN = "cast_column"
+    FLATTEN = "flatten"
+    REMOVE_COLUMNS = "remove_columns"
+    RENAME_COLUMN = "rename_column"
+    RENAME_COLUMNS = "rename_columns"
+    SELECT_COLUMNS = "select_columns"
+    SHUFFLE = "shuffle"
+    SKIP = "skip"
+    SORT = "sort"
+    TAKE = "take"
 
 
 class DataFormat(StrEnum):

@@ -13,16 +13,15 @@ from typing import Any
 
 from ditty import basemodel, functions, sources
 from ditty.artifacts import Manifest, Store
-from ditty.choices import Precision, Quantization
+from ditty.choices import OperationMethod, Precision, Quantization
 from ditty.dataspec import Operation
 from ditty.files import canonical_json, sha256_bytes
 from ditty.spec import RunSpec
 
-VERSIONS = {
+VERSIONS: dict[str, int] = {
     "fetch": 1,
     "load": 2,
-    "filter": 1,
-    "map": 1,
+    **dict.fromkeys(OperationMethod, 1),
     "tokenize": 1,
     "pack": 1,
     "prequantize": 3,
@@ -34,7 +33,7 @@ VERSIONS = {
     "export": 1,
 }
 
-DATA_STAGES = ("load", "filter", "map", "tokenize", "pack")
+DATA_STAGES = ("load", *OperationMethod, "tokenize", "pack")
 
 # Keys of `train` that leave the trained weights as they are: a rerun may change them and resume.
 # The batch keys enter as their product, so that accumulation may be traded for processes.
@@ -64,7 +63,7 @@ class StageRef:
         key: content key (64 hex digits), or "" while an input is not known yet.
         inputs: what the key is the hash of.
         title: what people read, e.g. "map ops.py:clean".
-        operation: the row operation, for `filter` and `map`.
+        operation: the row operation, where the stage is one.
     """
 
     stage: str
@@ -166,13 +165,8 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
     data = spec.data
     refs = [make_ref("load", f"load {_short(data.source)}", {"source": sources.identify(data)})]
     for operation in data.operations:
-        inputs = {
-            "rows": refs[-1].key,
-            "function": functions.digest(functions.resolve(operation.function)),
-            "options": operation.model_dump(mode="json", exclude={"function"}),
-        }
-        title = f"{operation.method} {_short(operation.function)}"
-        refs.append(make_ref(operation.method.value, title, inputs, operation))
+        inputs = {"rows": refs[-1].key, **operation_inputs(operation)}
+        refs.append(make_ref(operation.method.value, operation.describe(), inputs, operation))
     fields = {"format", "columns", "seq_len", "overlong", "eval_fraction", "eval_max_rows"}
     inputs = {
         "rows": refs[-1].key,
@@ -184,6 +178,23 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
     packing = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing}
     refs.append(make_ref("pack", "pack", packing))
     return refs
+
+
+def operation_inputs(operation: Operation) -> dict[str, Any]:
+    """What an operation's result depends on beside the rows.
+
+    A function may have an attribute `identity`: called with the operation's kwargs, it says what
+    else that is (the content of a file that they name), as JSON.
+    """
+    inputs: dict[str, Any] = {"options": operation.model_dump(mode="json", exclude={"function"})}
+    if operation.function is not None:
+        function = functions.resolve(operation.function)
+        inputs["function"] = functions.digest(function)
+        if hasattr(function, "identity"):
+            inputs["depends_on"] = function.identity(**operation.kwargs)
+    elif operation.method is OperationMethod.SHUFFLE:
+        inputs["numpy"] = metadata.version("numpy")  # whose generator it is
+    return inputs
 
 
 def _short(reference: str) -> str:
@@ -277,7 +288,8 @@ def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> M
     """
     facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
     if ref.operation:
-        facts["function"] = ref.operation.function
+        if ref.operation.function:
+            facts["function"] = ref.operation.function
     elif ref.stage == "load":
         facts["source"] = spec.data.source
     stages = line.data()
