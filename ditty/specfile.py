@@ -100,6 +100,7 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
     if isinstance(data, dict) and isinstance(data.get("operations"), list):
         for operation in data["operations"]:
             absolute(operation, "function")
+            absolute(operation.get("kwargs") if isinstance(operation, dict) else None, "file")
 
 
 def _explain(error: Any) -> str:

@@ -100,13 +100,16 @@ def test_relative_paths_follow_the_file_not_the_current_directory(tmp_path, monk
     text = GOOD + ""
     text = text.replace(
         "{source: rows.jsonl}",
-        "{source: rows.jsonl, operations: [{method: filter, function: 'ops.py:keep'}]}",
+        "{source: rows.jsonl, operations: [{method: filter, function: 'ops.py:keep', "
+        "kwargs: {file: rows.jsonl, column: rows.jsonl}}]}",
     )
     path = write(tmp_path, text)
     monkeypatch.chdir("/")
     spec = load_spec(path)
     assert spec.data.source == str(tmp_path / "rows.jsonl")
     assert spec.data.operations[0].function == f"{tmp_path}/ops.py:keep"
+    kwargs = {"file": f"{tmp_path}/rows.jsonl", "column": "rows.jsonl"}
+    assert spec.data.operations[0].kwargs == kwargs
     assert spec.model.base_model == "org/name"
 
 
