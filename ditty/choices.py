@@ -45,6 +45,18 @@ class Overlong(StrEnum):
     ERROR = "error"
 
 
+class Packing(StrEnum):
+    """How short rows share one.
+
+    `best_fit`: each where it leaves the least room, among those of a window of 4M tokens.
+    `next_fit`: in the order of the rows, a new one where the next does not fit. `none`: one each.
+    """
+
+    BEST_FIT = "best_fit"
+    NEXT_FIT = "next_fit"
+    NONE = "none"
+
+
 class Adapter(StrEnum):
     """What is trained: everything, or low-rank matrices beside a frozen base."""
 

@@ -4,9 +4,9 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ditty.choices import DataFormat, LossOn, OperationMethod, Overlong
+from ditty.choices import DataFormat, LossOn, OperationMethod, Overlong, Packing
 
 
 def _keep_order(schema: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class DataSpec(Section):
     """Tokens in a row, at most."""
     overlong: Overlong = Overlong.TRUNCATE
     """What happens to a row of more than `seq_len` tokens."""
-    packing: bool = True
+    packing: Packing = Packing.BEST_FIT
     """Put several short rows into one, attention kept inside each."""
     eval_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of rows held out, chosen by a hash of the row."""
@@ -129,6 +129,13 @@ class DataSpec(Section):
     needs a value), and fails if they are more than this share of those it has read."""
     num_proc: int = Field(default=1, ge=1)
     """Processes for the row operations; does not change the result."""
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _packing_was_a_switch(cls, value: Any) -> Any:
+        """Finished runs and deployments keep specs of before."""
+        old = {True: Packing.BEST_FIT, False: Packing.NONE}
+        return old[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _loss_fits_format(self) -> "DataSpec":

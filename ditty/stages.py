@@ -175,8 +175,8 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
         "options": data.model_dump(mode="json", include=fields),
     }
     refs.append(make_ref("tokenize", "tokenize", inputs))
-    packing = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing}
-    refs.append(make_ref("pack", "pack", packing))
+    inputs = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing.value}
+    refs.append(make_ref("pack", "pack", inputs))
     return refs
 
 

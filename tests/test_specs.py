@@ -55,6 +55,8 @@ GOOD = "name: x\ndata: {source: rows.jsonl}\nmodel: {base_model: org/name}\n"
         ("upload.url=s3://key:secret@bucket", "is no target"),
         ("model.adapter=none", None),
         ("data.loss_on=completion", "does not go with format: messages; expected assistant or all"),
+        ("data.packing=next", "(did you mean next_fit?)"),
+        ("data.packing=none", None),
         ("data.columns={promt: x}", "columns maps ['promt']"),
         ("model.trust_remote_code=true", "pin model.revision to the commit"),
         ("train", "expected section.key=value"),
@@ -85,6 +87,13 @@ def test_files_that_are_no_spec(tmp_path, text):
 def test_missing_file():
     with pytest.raises(SpecError, match="cannot read the spec nowhere.yaml"):
         load_spec(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize(("old", "new"), [("true", "best_fit"), ("false", "none")])
+def test_a_spec_from_when_packing_was_a_switch_means_what_it_did(tmp_path, old, new):
+    spec = load_spec(write(tmp_path, GOOD), [f"data.packing={old}"])
+    assert spec == load_spec(write(tmp_path, GOOD), [f"data.packing={new}"])
+    assert spec.model_dump(mode="json")["data"]["packing"] == new
 
 
 def test_overrides_are_yaml_and_numbers_in_any_notation(tmp_path):
