@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token that is not supervised (PyTorch's `ignore_index`)."""
+SHORTEST_BIN = 8
+"""Tokens; the bins of lengths are powers of two from here on."""
 TRAIN = "train.arrow"
 EVAL = "eval.arrow"
 
@@ -51,7 +53,8 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
         rows, train_rows, eval_rows, eval_unused (held out beyond eval_max_rows), dropped (reason
         -> rows: `empty`, `overlong`, `no_supervised_token`, `truncated_supervision`,
         `split_token`), quarantined (reason -> rows, see `row_problem`), truncated (rows cut and
-        kept), max_length (tokens of the longest row before any cut), tokens and supervised_tokens
+        kept), max_length (tokens of the longest row before any cut), lengths (power of two -> rows
+        of at most so many tokens before any cut, and more than half), tokens and supervised_tokens
         of the training rows, eval_tokens and eval_supervised_tokens. A row's first token is never
         predicted, so it never counts as supervised.
 
@@ -281,6 +284,7 @@ class _Counts:
     bad: int = 0
     truncated: int = 0
     max_length: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     eval_tokens: Counter[str] = field(default_factory=Counter)
@@ -298,6 +302,7 @@ class _Counts:
             return None
         length = len(row.ids)
         self.max_length = max(self.max_length, length)
+        self.lengths[max(SHORTEST_BIN, 1 << (length - 1).bit_length())] += 1
         problem = row.problem or (None if _has_target(row) else "no_supervised_token")
         if problem is None and length > data.seq_len:
             if data.overlong is Overlong.ERROR:
@@ -321,6 +326,7 @@ class _Counts:
         """The counts as `tokenize` returns them."""
         used = train_rows + eval_rows + eval_unused
         assert self.rows == used + self.dropped.total() + self.bad, (self, used)
+        assert self.rows == self.lengths.total() + self.bad, self
         return {
             "rows": self.rows,
             "train_rows": train_rows,
@@ -329,6 +335,7 @@ class _Counts:
             "dropped": dict(sorted(self.dropped.items())),
             "truncated": self.truncated,
             "max_length": self.max_length,
+            "lengths": {str(upto): self.lengths[upto] for upto in sorted(self.lengths)},
             "tokens": self.tokens["tokens"],
             "supervised_tokens": self.tokens["supervised"],
             "eval_tokens": self.eval_tokens["tokens"],

@@ -72,6 +72,7 @@ def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) 
     }
     log = (run.attempts("train")[1] / "log.txt").read_text()
     assert f"training from step {saved} to {STEPS}" in log
+    assert "| load rows.jsonl |" in run.data_file.read_text()
     assert json.loads(run.spec_file.read_text()) == spec.model_dump(mode="json")
 
     again = states(RunSpec.model_validate(spec.model_dump()))
