@@ -28,6 +28,7 @@ __all__ = [
     "identify",
     "key",
     "locate",
+    "tokenizer_dir",
     "tokenizer_digest",
 ]
 
@@ -141,6 +142,27 @@ def fetch(ref: BaseModelRef, store: Store) -> Path:
     """
     assert ref.kind is Kind.HUB, f"{ref.kind} is not fetched from the hub"
     return hub.download(ref.name, ref.identity["commit"], ref.revision)
+
+
+def tokenizer_dir(base_model: str, revision: str | None, store: Store) -> Path:
+    """A folder with the model's tokenizer; of a hub model no weights are fetched for it.
+
+    Raises:
+        ModelError: there is no such model, or a .gguf file that is not converted yet.
+        RemoteError: the hub cannot be reached (retryable).
+    """
+    folder = Path(base_model).expanduser()
+    if folder.is_dir():
+        return folder
+    ref = identify(base_model, revision)
+    if found := locate(ref, store):
+        return found
+    if ref.kind is not Kind.HUB:
+        raise ModelError(
+            f"{base_model} is not converted yet, so its tokenizer is not there: `ditty run` does "
+            "that first of all, once"
+        )
+    return hub.download_tokenizer(ref.name, ref.identity["commit"], revision)
 
 
 def _unknown_path(name: str) -> str:

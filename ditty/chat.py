@@ -5,10 +5,11 @@ tokens of an assistant's turn are those that rendering through the turn adds to 
 model would be given at that point.
 """
 
+import json
 import os
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ditty.errors import DataError
 
@@ -16,9 +17,21 @@ if TYPE_CHECKING:
     import numpy as np
 
 Message = dict[str, Any]
+T = TypeVar("T")
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 CHECKED_ROWS = 8
 """Rows of the first batch that are compared with transformers' own tokenization."""
+
+
+class Chat(NamedTuple):
+    """A conversation, and the JSON schemas of the tools that the assistant may call in it."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+    def until(self, turn: int) -> "Chat":
+        """What is said before a turn."""
+        return Chat(self.messages[:turn], self.tools)
 
 
 class Encoded(NamedTuple):
@@ -53,38 +66,48 @@ class ChatEncoder:
         """
         if not tokenizer.chat_template:
             raise DataError(
-                f"the tokenizer in {tokenizer.name_or_path} has no chat template: use an instruct "
-                "model, or data.format: prompt_completion"
+                f"the tokenizer in {tokenizer.name_or_path} has no chat template: name one in "
+                "data.chat_template, use an instruct model, or data.format: prompt_completion"
             )
         self._tokenizer = tokenizer
         self._assistant_only = assistant_only
-        self._marked = GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
         self._special = special_tokens(tokenizer)
         self._checked = False
+        self._tools_checked = False
 
-    def encode(self, chats: Sequence[list[Message]], first_row: int) -> list[Encoded]:
+    def encode(self, chats: Sequence[Chat], first_row: int) -> list[Encoded]:
         """Encode conversations; `first_row` numbers the first of them in errors.
 
         A row whose turn begins or ends inside a token has the problem `split_token`: the model
         would never be given such a prompt.
 
         Raises:
-            DataError: the template refuses a conversation, does not show where the assistant's
-                turns are, or ends them with no special token.
+            DataError: the template refuses a conversation, ignores its tools, does not show where
+                the assistant's turns are, or ends them with no special token.
         """
         import numpy as np
 
-        numbers = [row for row, chat in enumerate(chats, first_row) if chat]
-        spoken = [chat for chat in chats if chat]
         nothing = Encoded(np.empty(0, np.int32), np.empty(0, bool), "empty")
-        encoded = iter(self._encode(spoken, numbers) if spoken else [])
-        return [next(encoded) if chat else nothing for chat in chats]
+        encoded = [nothing] * len(chats)
+        for way, marked in ((self._encode_marked, True), (self._encode_plain, False)):
+            places = [i for i, c in enumerate(chats) if c.messages and self._marks(c) is marked]
+            if places:
+                numbers = [first_row + i for i in places]
+                for place, row in zip(
+                    places, way([chats[i] for i in places], numbers), strict=True
+                ):
+                    encoded[place] = row
+        return encoded
 
-    def _encode(self, chats: Sequence[list[Message]], numbers: Sequence[int]) -> list[Encoded]:
+    def _marks(self, chat: Chat) -> bool:
+        """Whether marks tell the assistant's part; some tokenizers have a template for tools."""
+        template = self._tokenizer.get_chat_template(tools=chat.tools)
+        return self._assistant_only and GENERATION_MARK.search(template) is not None
+
+    def _encode_plain(self, chats: Sequence[Chat], numbers: Sequence[int]) -> list[Encoded]:
         import numpy as np
 
-        if self._assistant_only and self._marked:
-            return self._encode_marked(chats, numbers)
+        self._check_tools(chats, numbers)
         texts = self._render(chats, numbers)
         ids = encode_texts(self._tokenizer, texts)
         if not self._checked:
@@ -93,21 +116,28 @@ class ChatEncoder:
             return [Encoded(i, np.ones(len(i), dtype=bool)) for i in ids]
         return self._encode_by_prefix(self._turns(chats, texts, numbers), texts, ids)
 
-    def _encode_marked(
-        self, chats: Sequence[list[Message]], numbers: Sequence[int]
-    ) -> list[Encoded]:
+    def _encode_marked(self, chats: Sequence[Chat], numbers: Sequence[int]) -> list[Encoded]:
         import numpy as np
 
-        try:
+        self._check_tools(chats, numbers)
+
+        def encode(messages: list[list[Message]], tools: Any) -> Iterable[tuple[Any, Any]]:
             out = self._tokenizer.apply_chat_template(
-                list(chats), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                messages,
+                tools=tools,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
             )
+            return zip(out["input_ids"], out["assistant_masks"], strict=True)
+
+        try:
+            encoded = _by_tools(chats, encode)
         except Exception:
             self._render(chats, numbers)  # names the row
             raise
         rows = []
-        masks = zip(numbers, out["input_ids"], out["assistant_masks"], strict=True)
-        for number, ids, mask in masks:
+        for number, (ids, mask) in zip(numbers, encoded, strict=True):
             row = Encoded(np.asarray(ids, np.int32), np.asarray(mask, bool))
             self._supervise_ends(row, number)
             rows.append(row)
@@ -177,18 +207,18 @@ class ChatEncoder:
         return len(ids) == 0 or not self._tokenizer.decode(ids).strip()
 
     def _turns(
-        self, chats: Sequence[list[Message]], texts: list[str], numbers: Sequence[int]
+        self, chats: Sequence[Chat], texts: list[str], numbers: Sequence[int]
     ) -> list[_Turn]:
         """Every turn of an assistant; `texts` are the conversations as a whole."""
         places = [
             (index, turn)
             for index, chat in enumerate(chats)
-            for turn, message in enumerate(chat)
+            for turn, message in enumerate(chat.messages)
             if message["role"] == "assistant"
         ]
         rows = [numbers[index] for index, _ in places]
-        prompts = self._render([chats[i][:t] for i, t in places], rows, prompt=True)
-        throughs = self._render([chats[i][: t + 1] for i, t in places], rows)
+        prompts = self._render([chats[i].until(t) for i, t in places], rows, prompt=True)
+        throughs = self._render([chats[i].until(t + 1) for i, t in places], rows)
         turns = []
         for row, (index, number), prompt, through in zip(
             rows, places, prompts, throughs, strict=True
@@ -200,29 +230,37 @@ class ChatEncoder:
         return turns
 
     def _render(
-        self, chats: Sequence[list[Message]], numbers: Sequence[int], *, prompt: bool = False
+        self, chats: Sequence[Chat], numbers: Sequence[int], *, prompt: bool = False
     ) -> list[str]:
         """The conversations as text; `prompt` adds what makes the assistant speak next."""
         if not chats:
             return []
-        render = self._tokenizer.apply_chat_template
+
+        def render(messages: list[list[Message]], tools: Any) -> Iterable[str]:
+            rendered: list[str] = self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+            return rendered
+
         try:
-            return render(list(chats), tokenize=False, add_generation_prompt=prompt)
+            return _by_tools(chats, render)
         except Exception:
             for row, chat in zip(numbers, chats, strict=True):
                 try:
-                    render([chat], tokenize=False, add_generation_prompt=prompt)
+                    render([chat.messages], chat.tools)
                 except Exception as error:  # templates are programs: anything can come out of one
-                    roles = ", ".join(message["role"] for message in chat)
+                    roles = ", ".join(message["role"] for message in chat.messages)
                     raise DataError(
                         f"row {row}: the chat template refuses the roles ({roles}): {error}"
                     ) from error
             raise
 
-    def _check(self, chats: Sequence[list[Message]], ids: "list[np.ndarray]") -> None:
+    def _check(self, chats: Sequence[Chat], ids: "list[np.ndarray]") -> None:
         """Our shortcut must make the ids that transformers makes, and everybody's inference."""
         for chat, ours in zip(chats, ids, strict=False):
-            expected = self._tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+            expected = self._tokenizer.apply_chat_template(
+                chat.messages, tools=chat.tools, tokenize=True, return_dict=False
+            )
             if ours.tolist() != list(expected):
                 raise DataError(
                     "encoding a rendered chat gives other tokens than the tokenizer's own "
@@ -230,6 +268,34 @@ class ChatEncoder:
                     "supported"
                 )
         self._checked = True
+
+    def _check_tools(self, chats: Sequence[Chat], numbers: Sequence[int]) -> None:
+        """A template that ignores tools would teach calls of functions that nobody has named."""
+        with_tools = [(row, chat) for row, chat in zip(numbers, chats, strict=True) if chat.tools]
+        if self._tools_checked or not with_tools:
+            return
+        row, chat = with_tools[0]
+        shown, without = self._render([chat, Chat(chat.messages)], [row, row])
+        if shown == without:
+            raise DataError(
+                f"row {row} has tools, which the chat template ignores: use a template that shows "
+                "them (data.chat_template), or drop that column (remove_columns of a `map`)"
+            )
+        self._tools_checked = True
+
+
+def _by_tools(
+    chats: Sequence[Chat], call: Callable[[list[list[Message]], Any], Iterable[T]]
+) -> list[T]:
+    """The results of `call` in the order of `chats`; one call for all that have the same tools."""
+    groups: dict[str, list[int]] = {}
+    for place, chat in enumerate(chats):
+        groups.setdefault(json.dumps(chat.tools), []).append(place)
+    found: dict[int, T] = {}
+    for places in groups.values():
+        results = call([chats[i].messages for i in places], chats[places[0]].tools)
+        found.update(zip(places, results, strict=True))
+    return [found[place] for place in range(len(chats))]
 
 
 def encode_texts(
@@ -266,7 +332,8 @@ def _common(a: "np.ndarray", b: "np.ndarray") -> int:
 def _no_end(row: int) -> str:
     return (
         f"row {row}: the chat template ends the assistant's turn with no special token, so a model "
-        "trained on it would never stop: use a template that adds one (eos_token)"
+        "trained on it would never stop: name a template in data.chat_template that adds one "
+        "(eos_token)"
     )
 
 
@@ -280,6 +347,6 @@ def _no_prefix(turn: _Turn, whole: str) -> str:
     return (
         f"row {turn.row}, turn {turn.turn}: the chat template renders the conversation so far "
         f"differently once it goes on ({shorter[at : at + 30]!r} becomes {longer[at : at + 30]!r}),"
-        " so the assistant's tokens cannot be told: use a template with {% generation %} marks, "
-        "keep one assistant turn a row, or set data.loss_on: all"
+        " so the assistant's tokens cannot be told: name a template with {% generation %} marks in "
+        "data.chat_template, keep one assistant turn a row, or set data.loss_on: all"
     )

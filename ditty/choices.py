@@ -25,8 +25,11 @@ class DataFormat(StrEnum):
     """The shape of a row after the operations."""
 
     MESSAGES = "messages"
+    CONVERSATIONS = "conversations"
     PROMPT_COMPLETION = "prompt_completion"
+    INSTRUCTION = "instruction"
     TEXT = "text"
+    TOKENS = "tokens"
 
 
 class LossOn(StrEnum):
@@ -34,6 +37,7 @@ class LossOn(StrEnum):
 
     ASSISTANT = "assistant"
     COMPLETION = "completion"
+    LABELS = "labels"
     ALL = "all"
 
 

@@ -1,12 +1,39 @@
 """The data part of the spec, and what every part of it has in common."""
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ditty.choices import DataFormat, LossOn, OperationMethod, Overlong, Packing
+
+
+class Shape(NamedTuple):
+    """What a format reads of a row, and which tokens may be supervised, its default first."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    loss_on: tuple[LossOn, ...]
+
+
+SHAPES = {
+    DataFormat.MESSAGES: Shape(("messages",), ("tools",), (LossOn.ASSISTANT, LossOn.ALL)),
+    DataFormat.CONVERSATIONS: Shape(("conversations",), ("tools",), (LossOn.ASSISTANT, LossOn.ALL)),
+    DataFormat.PROMPT_COMPLETION: Shape(
+        ("prompt", "completion"), (), (LossOn.COMPLETION, LossOn.ALL)
+    ),
+    DataFormat.INSTRUCTION: Shape(
+        ("instruction", "output"), ("input",), (LossOn.COMPLETION, LossOn.ALL)
+    ),
+    DataFormat.TEXT: Shape(("text",), (), (LossOn.ALL,)),
+    DataFormat.TOKENS: Shape(
+        ("input_ids",), ("labels", "attention_mask"), (LossOn.LABELS, LossOn.ALL)
+    ),
+}
+COLUMNS = {n: None for shape in SHAPES.values() for n in (*shape.required, *shape.optional)}.keys()
+"""The standard names of all columns that some format reads."""
 
 
 def _keep_order(schema: dict[str, Any]) -> None:
@@ -96,7 +123,8 @@ class DataSpec(Section):
     """Rows in, packed token rows out."""
 
     source: str
-    """A hub data set, a .jsonl/.json/.csv/.parquet/.txt file, a folder saved by datasets, or
+    """A hub data set; a .jsonl/.json/.csv/.txt file (also .gz, .zst, .bz2) or a .parquet file, a
+    folder of such files or a pattern (`data/*.jsonl`); a folder saved by datasets; or
     `module:function`, which yields rows as dicts."""
     subset: str | None = None
     """The configuration's name of a hub data set."""
@@ -109,11 +137,18 @@ class DataSpec(Section):
     operations: list[Operation] = Field(default_factory=list)
     """Row operations, in order."""
     format: DataFormat = DataFormat.MESSAGES
-    """`messages`: a list of {role, content}. `prompt_completion`: two strings. `text`: one."""
+    """`messages`: a list of {role, content}; `conversations`: of {from, value} (ShareGPT); both
+    with `tools` where that column is there. `prompt_completion`: two strings. `instruction`:
+    instruction, output and perhaps input, put into Alpaca's prompt. `text`: one string. `tokens`:
+    input_ids, perhaps labels and attention_mask, taken as they are."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Standard column name (messages, prompt, completion, text) -> the name in your data."""
+    """Standard column name (messages, prompt, completion, text ...) -> the name in your data."""
     loss_on: LossOn | None = None
-    """Supervised tokens; by default those of the assistant, the completion, or all of a text."""
+    """Supervised tokens; by default those of the assistant, the completion, all of a text, or what
+    `labels` says (all, without that column)."""
+    chat_template: str | None = None
+    """Jinja text that takes the place of the tokenizer's chat template, also in the result; in a
+    spec file, or the name of a file beside it that holds the text."""
     seq_len: int = Field(default=1024, ge=8)
     """Tokens in a row, at most."""
     overlong: Overlong = Overlong.TRUNCATE
@@ -139,29 +174,35 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _loss_fits_format(self) -> "DataSpec":
-        legal = {
-            DataFormat.MESSAGES: (LossOn.ASSISTANT, LossOn.ALL),
-            DataFormat.PROMPT_COMPLETION: (LossOn.COMPLETION, LossOn.ALL),
-            DataFormat.TEXT: (LossOn.ALL,),
-        }[self.format]
+        legal = SHAPES[self.format].loss_on
         if self.loss_on is not None and self.loss_on not in legal:
             raise ValueError(
                 f"loss_on: {self.loss_on} does not go with format: {self.format}; "
                 f"expected {' or '.join(legal)}"
             )
-        unknown = set(self.columns) - {"messages", "prompt", "completion", "text"}
+        unknown = sorted(set(self.columns) - COLUMNS)
         if unknown:
+            raise ValueError(f"columns maps {unknown}; expected one of {', '.join(COLUMNS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> "DataSpec":
+        if self.chat_template is None:
+            return self
+        if not re.search(r"\{[{%]", self.chat_template):
             raise ValueError(
-                f"columns maps {sorted(unknown)}; expected messages, prompt, completion or text"
+                f"chat_template: {self.chat_template[:80]!r} is no Jinja text ({{{{ ... }}}}), and "
+                "no file beside a spec file; give one of them"
+            )
+        chats = [f for f, shape in SHAPES.items() if LossOn.ASSISTANT in shape.loss_on]
+        if self.format not in chats:
+            raise ValueError(
+                f"chat_template is for format: {' or '.join(chats)}, not for {self.format}; "
+                "remove it"
             )
         return self
 
     @property
     def supervised(self) -> LossOn:
         """`loss_on` with its default resolved."""
-        natural = {
-            DataFormat.MESSAGES: LossOn.ASSISTANT,
-            DataFormat.PROMPT_COMPLETION: LossOn.COMPLETION,
-            DataFormat.TEXT: LossOn.ALL,
-        }
-        return self.loss_on or natural[self.format]
+        return self.loss_on or SHAPES[self.format].loss_on[0]

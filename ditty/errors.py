@@ -85,3 +85,9 @@ class Crashed(RunError):
 
 class OutOfMemory(RunError):
     """The run did not fit in memory; an identical attempt would not either."""
+
+
+def shown(value: object) -> str:
+    """A value as a message tells it: its type and its beginning."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -7,12 +7,12 @@ huggingface_hub is imported where it is used, so that importing this module cost
 import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ditty.errors import ModelError, RemoteError
 from ditty.files import make_dir, write_atomic
-from ditty.modelfolder import weight_files
+from ditty.modelfolder import TOKENIZER, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +74,35 @@ def download(repo: str, commit: str, revision: str | None = None) -> Path:
         ModelError: the hub refuses, or the repository has no safetensors.
         RemoteError: the hub cannot be reached, or the transfer broke (retryable).
     """
+    folder = _download(repo, commit, revision, ALLOW)
+    try:
+        weight_files(folder)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. If {repo} has .bin files in their place: `hf download {repo} --local-dir "
+            "DIR`, and model.base_model: DIR, converts them once"
+        ) from error
+    _remember(repo, revision, commit)
+    return folder
+
+
+def download_tokenizer(repo: str, commit: str, revision: str | None = None) -> Path:
+    """Bring a commit's tokenizer and configuration, and no weights, into the hub's cache.
+
+    Raises:
+        ModelError: the hub refuses.
+        RemoteError: the hub cannot be reached, or the transfer broke (retryable).
+    """
+    return _download(repo, commit, revision, ["config.json", *TOKENIZER])
+
+
+def _download(repo: str, commit: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     ask_commit(repo, commit)  # snapshot_download alone retries an absent hub for 23 s
     try:
         folder = snapshot_download(
-            repo, revision=commit, allow_patterns=ALLOW, ignore_patterns=IGNORE
+            repo, revision=commit, allow_patterns=list(patterns), ignore_patterns=IGNORE
         )
     except Exception as error:  # httpx's errors share no base with OSError
         if refusal := _refusal(error, repo, revision or commit):
@@ -87,14 +110,6 @@ def download(repo: str, commit: str, revision: str | None = None) -> Path:
         raise RemoteError(
             f"cannot download {repo} at {commit} from the hub: {_brief(error)}"
         ) from error
-    try:
-        weight_files(Path(folder))
-    except ModelError as error:
-        raise ModelError(
-            f"{error}. If {repo} has .bin files in their place: `hf download {repo} --local-dir "
-            "DIR`, and model.base_model: DIR, converts them once"
-        ) from error
-    _remember(repo, revision, commit)
     return Path(folder)
 
 

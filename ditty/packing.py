@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ditty import tables
 from ditty.choices import Packing
 from ditty.dataspec import DataSpec
+from ditty.encoding import IGNORED
 from ditty.errors import DataError
-from ditty.tokenization import EVAL, IGNORED, TRAIN
+from ditty.tokenization import EVAL, TRAIN
 
 if TYPE_CHECKING:
     import numpy as np

@@ -86,7 +86,7 @@ def spec_differences(saved: dict, now: dict) -> list[str]:
         for key in sorted(now[section].keys() | saved.get(section, {}).keys()):
             a, b = saved.get(section, {}).get(key), now[section].get(key)
             if a != b and (section, key) not in harmless:
-                found.append(f"{section}.{key} was {a!r}, now {b!r}")
+                found.append(f"{section}.{key} was {_brief(a)}, now {_brief(b)}")
     batches = [_global_batch(s) for s in (saved, now)]
     if batches[0] != batches[1]:
         found.append(
@@ -94,6 +94,11 @@ def spec_differences(saved: dict, now: dict) -> list[str]:
             f"was {batches[0]}, now {batches[1]}"
         )
     return found
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _global_batch(spec: dict) -> int:

@@ -6,6 +6,7 @@ A stage reads on past such a row, and fails at its end where they are more than 
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
@@ -18,6 +19,15 @@ FILE = "quarantine.jsonl"
 LONGEST_EXCERPT = 200  # characters of a row: one of 10 MB leaves as little behind as any other
 TOLD_REASONS = 3
 TOLD_POSITIONS = 3
+
+
+Describe = Callable[[Any], str]
+"""A position in words: `line 7`."""
+
+
+def row_number(position: int) -> str:
+    """For rows that are only counted, from 0."""
+    return f"row {position}"
 
 
 class BadRow(NamedTuple):
@@ -45,24 +55,26 @@ class Quarantine:
         reasons: bad rows so far by reason.
     """
 
-    def __init__(self, folder: Path, source: str, word: str):
+    def __init__(self, folder: Path, source: str, describe: Describe, tell: Describe | None = None):
         """
         Args:
             folder: of the artifact, where the file goes.
             source: what is read, for errors.
-            word: what a position counts: line, item, row.
+            describe: a position in words that do not depend on this machine, for the file.
+            tell: the same for errors, with the names of files; by default as in the file.
         """
         self.read = 0
         self.reasons: Counter[str] = Counter()
-        self._path, self._source, self._word = folder / FILE, source, word
+        self._path, self._source = folder / FILE, source
+        self._describe, self._tell = describe, tell or describe
         self._file: IO[str] | None = None
-        self._first: dict[str, tuple[list[int], str]] = {}
+        self._first: dict[str, tuple[list[Any], str]] = {}
 
-    def add(self, position: int, bad: BadRow) -> None:
+    def add(self, position: Any, bad: BadRow) -> None:
         """Set a row aside. Call it in the order of positions: the file has that order."""
         excerpt = _shorten(_as_text(bad.value))
         record = {
-            "position": f"{self._word} {position}",
+            "position": self._describe(position),
             "reason": bad.reason,
             "detail": bad.detail,
             "excerpt": excerpt,
@@ -75,9 +87,9 @@ class Quarantine:
         if len(positions) < TOLD_POSITIONS:
             positions.append(position)
 
-    def where(self, position: int) -> str:
+    def where(self, position: Any) -> str:
         """A position as a person would look it up: `rows.jsonl, line 7`."""
-        return f"{self._source}, {self._word} {position}"
+        return f"{self._source}, {self._tell(position)}"
 
     def settle(self, kept: int, max_bad_fraction: float) -> dict[str, int]:
         """The end of the stage; returns bad rows by reason.
@@ -109,9 +121,9 @@ class Quarantine:
 
     def _told(self, reason: str, count: int) -> str:
         positions, example = self._first[reason]
-        places = ", ".join(str(position) for position in positions)
+        places = ", ".join(self._tell(position) for position in positions)
         more = ", ..." if count > len(positions) else ""
-        return f"{count:,} x {reason}, at {self._word} {places}{more} ({example})"
+        return f"{count:,} x {reason}, at {places}{more} ({example})"
 
     def __enter__(self) -> Self:
         return self

@@ -24,10 +24,10 @@ def text_of(row: dict[str, Any], column: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return "\n".join(turn.get("content") or "" for turn in value)
+        return "\n".join(turn.get("content") or turn.get("value") or "" for turn in value)
     raise DataError(
         f"column {column!r} holds {type(value).__name__}, expected a text or a list of "
-        "{role, content}"
+        "{role, content} or {from, value}"
     )
 
 

@@ -2,28 +2,81 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty import tables
+from ditty.datafiles import TEXT, DataFile
 from ditty.errors import DataError
 from ditty.quarantine import BadRow, Quarantine
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Located = tuple[int, Any]
-"""(position, row or `BadRow`): the number of a line or of an item."""
+Located = tuple[Any, Any]
+"""(position, row or `BadRow`). In files a position is (index of the file, number in it)."""
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
-    """(line number from 1, text without its end) of a UTF-8 file."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            yield number, _decoded(line.rstrip(b"\r\n"))
+def position_words(files: Sequence[DataFile]) -> list[str]:
+    """What numbers count in each file: lines, items of a list, or rows."""
+    return [_position_word(file) for file in files]
+
+
+def _position_word(file: DataFile) -> str:
+    if file.format not in TEXT:
+        return "row"
+    return "item" if _is_json_list(file) else "line"
+
+
+def of_files(files: Sequence[DataFile], words: Sequence[str]) -> Iterator[Located]:
+    """The rows of text files, one after the other.
+
+    A .txt file has a row {"text"} a line; a .jsonl file a JSON value a line that is not blank, and
+    so has a .json file that does not start as a list.
+
+    Args:
+        words: see `position_words`.
+    Raises:
+        DataError: a file cannot be read as a whole.
+    """
+    for index, file in enumerate(files):
+        for number, row in _rows_of(file, words[index]):
+            yield (index, number), row
+
+
+def _rows_of(file: DataFile, word: str) -> Iterator[Located]:
+    if file.format == ".txt":
+        return ((n, {"text": t} if isinstance(t, str) else t) for n, t in text_lines(file))
+    return _json_items(file) if word == "item" else _json_lines(file)
+
+
+def _is_json_list(file: DataFile) -> bool:
+    """Whether a .json file starts as a list; many on the hub hold an object a line instead."""
+    if file.format != ".json":
+        return False
+    try:
+        with file.open() as stream:
+            return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except OSError as error:
+        raise DataError(_damaged(file, error)) from error
+
+
+def text_lines(file: DataFile) -> Iterator[tuple[int, str | BadRow]]:
+    """(line number from 1, text without its end) of a UTF-8 file.
+
+    Raises:
+        DataError: a compressed file is damaged.
+    """
+    number = 0
+    try:
+        with file.open() as stream:
+            for number, raw in enumerate(stream, 1):
+                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+                yield number, _decoded(line.rstrip(b"\r\n"))
+    except OSError as error:
+        raise DataError(f"{_damaged(file, error)}, after line {number}") from error
 
 
 def _decoded(line: bytes) -> str | BadRow:
@@ -34,9 +87,13 @@ def _decoded(line: bytes) -> str | BadRow:
         return BadRow("not UTF-8", line.decode("utf-8", "replace"), detail)
 
 
-def json_lines(path: Path) -> Iterator[Located]:
+def _damaged(file: DataFile, error: OSError) -> str:
+    return f"{file.name} cannot be read, it is damaged or cut short: {error}"
+
+
+def _json_lines(file: DataFile) -> Iterator[Located]:
     """The JSON value on each line that is not blank."""
-    for number, text in text_lines(path):
+    for number, text in text_lines(file):
         if isinstance(text, BadRow):
             yield number, text
         elif text.strip():
@@ -46,26 +103,26 @@ def json_lines(path: Path) -> Iterator[Located]:
                 yield number, BadRow("not JSON", text, str(error))
 
 
-def json_items(path: Path) -> Iterator[Located]:
+def _json_items(file: DataFile) -> Iterator[Located]:
     """The items of a JSON list, which is read as a whole.
 
     Raises:
         DataError: not UTF-8, not JSON (with the line), or not a list.
     """
     lines = []
-    for number, line in text_lines(path):
+    for number, line in text_lines(file):
         if isinstance(line, BadRow):
             raise DataError(
-                f"{path}, line {number}: {line.detail} of the line, which is not UTF-8: convert "
-                "the file (iconv -f latin1 -t utf-8)"
+                f"{file.name}, line {number}: {line.detail} of the line, which is not UTF-8: "
+                "convert the file (iconv -f latin1 -t utf-8)"
             )
         lines.append(line)
     try:
         value = json.loads("\n".join(lines))
     except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+        raise DataError(f"{file.name} is not JSON: {error}") from error
     if not isinstance(value, list):
-        raise DataError(f"{path} holds a {type(value).__name__}, expected a list of objects")
+        raise DataError(f"{file.name} holds a {type(value).__name__}, expected a list of objects")
     yield from enumerate(value)
 
 
@@ -87,7 +144,7 @@ def write_rows(rows: Iterable[Located], path: Path, quarantine: Quarantine) -> "
             while batch := list(islice(iterator, tables.BATCH_ROWS)):
                 table = _good_rows(batch, schema, quarantine)
                 if table.num_rows:
-                    schema, count = _merge(schema, table.schema), count + 1
+                    schema, count = tables.unified(schema, table.schema), count + 1
                     with pa.ipc.new_stream(sink, table.schema) as stream:
                         stream.write_table(table)
         tables.write(path, _conform(spool, count, schema), schema)
@@ -105,7 +162,7 @@ def _good_rows(batch: list[Located], known: "pa.Schema", quarantine: Quarantine)
     good = [(p, row) for p, row in batch if p not in bad]
     try:
         table = _table(good)
-        _merge(known, table.schema)
+        tables.unified(known, table.schema)
     except _unfit():
         bad |= _misfits(good, known)
         good = [(p, row) for p, row in good if p not in bad]
@@ -133,11 +190,11 @@ def _table(batch: list[Located]) -> "pa.Table":
     return pa.table({name: pa.array([row.get(name) for _, row in batch]) for name in names})
 
 
-def _misfits(batch: list[Located], known: "pa.Schema") -> dict[int, BadRow]:
+def _misfits(batch: list[Located], known: "pa.Schema") -> dict[Any, BadRow]:
     """By position, the rows with a value that cannot be stored, or of another type than most."""
-    bad: dict[int, BadRow] = {}
+    bad: dict[Any, BadRow] = {}
     for name in dict.fromkeys(name for _, row in batch for name in row):
-        found: dict[int, pa.DataType] = {}
+        found: dict[Any, pa.DataType] = {}
         for position, row in batch:
             if row.get(name) is not None and position not in bad:
                 try:
@@ -156,7 +213,7 @@ def _misfits(batch: list[Located], known: "pa.Schema") -> dict[int, BadRow]:
     return bad
 
 
-def _expected(known: "pa.Schema", name: str, found: "dict[int, pa.DataType]") -> "pa.DataType":
+def _expected(known: "pa.Schema", name: str, found: "dict[Any, pa.DataType]") -> "pa.DataType":
     """What the rows before have in a column; where that is nothing, what most rows here have."""
     import pyarrow as pa
 
@@ -181,14 +238,7 @@ def _type(value: Any) -> "pa.DataType":
 def _unified(one: "pa.DataType", other: "pa.DataType") -> "pa.DataType":
     import pyarrow as pa
 
-    return _merge(pa.schema([("x", one)]), pa.schema([("x", other)])).field("x").type
-
-
-def _merge(known: "pa.Schema", schema: "pa.Schema") -> "pa.Schema":
-    """The columns of both."""
-    import pyarrow as pa
-
-    return pa.unify_schemas([known, schema], promote_options="permissive")
+    return tables.unified(pa.schema([("x", one)]), pa.schema([("x", other)])).field("x").type
 
 
 def _short(kind: "pa.DataType") -> str:
@@ -202,11 +252,4 @@ def _conform(spool: Path, count: int, schema: "pa.Schema") -> "Iterator[pa.Table
 
     with pa.memory_map(str(spool)) as source:
         for _ in range(count):
-            table = pa.ipc.open_stream(source).read_all()
-            columns = [
-                table[field.name].cast(field.type)
-                if field.name in table.column_names
-                else pa.nulls(table.num_rows, field.type)
-                for field in schema
-            ]
-            yield pa.table(columns, schema=schema)
+            yield tables.conform(pa.ipc.open_stream(source).read_all(), schema)

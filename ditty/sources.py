@@ -1,27 +1,26 @@
-"""Where rows come from: a file, a folder saved by datasets, a function, or the hub.
+"""Where rows come from: files, a folder saved by datasets, a function, or the hub.
 
 `identify` says what the rows depend on without reading more than it must; `load` turns them into
 `data.arrow`. Local files never go through a cache in the user's home.
 """
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty import columnar, functions, rows, tables
-from ditty.dataspec import DataSpec
+from ditty import columnar, datafiles, functions, rows, tables
+from ditty.datafiles import DataFile
+from ditty.dataspec import COLUMNS, DataSpec
 from ditty.errors import DataError
 from ditty.files import canonical_json, read_json, sha256_bytes, sha256_file
-from ditty.quarantine import Quarantine
+from ditty.quarantine import Quarantine, row_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 DATA = "data.arrow"
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub to name a commit."""
@@ -35,11 +34,8 @@ def identify(data: DataSpec) -> dict[str, Any]:
             does not answer.
     """
     kind = _kind(data.source)
-    if kind == "file":
-        path = _path(data.source)
-        identity: dict[str, Any] = {"format": path.suffix, "sha256": sha256_file(path)}
-        if path.suffix == ".csv":
-            identity["text_columns"] = _text_columns(data)
+    if kind == "files":
+        identity = _identify_files(datafiles.find(_path(data.source)), data)
     elif kind == "folder":
         files = [[p.name, sha256_file(p)] for p in _saved_files(data)]
         identity = {"sha256": sha256_bytes(canonical_json(files))}
@@ -52,6 +48,14 @@ def identify(data: DataSpec) -> dict[str, Any]:
         identity = {"id": data.source, "commit": hub_commit(data)}
         identity |= {"subset": data.subset, "split": data.split}
     return {"kind": kind, "max_rows": data.max_rows, **identity}
+
+
+def _identify_files(files: list[DataFile], data: DataSpec) -> dict[str, Any]:
+    """By content: neither where a file is nor how it is called counts."""
+    identity: dict[str, Any] = {"files": [[file.kind, sha256_file(file.path)] for file in files]}
+    if files[0].format == ".csv":
+        identity["text_columns"] = _text_columns(data)
+    return identity
 
 
 def load(data: DataSpec, out: Path) -> dict[str, Any]:
@@ -67,94 +71,71 @@ def load(data: DataSpec, out: Path) -> dict[str, Any]:
         DataError: no rows, a file that cannot be read as a whole, a function that failed, or more
             bad rows than `data.max_bad_fraction` allows (says which and why).
     """
-    word = _position_word(data.source)
-    with Quarantine(out, data.source, word) as quarantine:
-        schema = _write(data, out, quarantine)
+    kind = _kind(data.source)
+    files = datafiles.find(_path(data.source)) if kind == "files" else []
+    words = rows.position_words(files)
+    with _quarantine(data, files, words, out) as quarantine:
+        if files:
+            schema = _load_files(files, words, data, out, quarantine)
+        elif kind == "function":
+            with functions.importable():
+                yielded = islice(_generated(data.source), data.max_rows)
+                schema = rows.write_rows(yielded, out / DATA, quarantine)
+        else:
+            schema, found = _saved_folder(data) if kind == "folder" else _hub(data)
+            batches = columnar.valid_text(columnar.first(found, data.max_rows), quarantine)
+            tables.write(out / DATA, batches, schema)
         kept = tables.read(out / DATA).num_rows
         quarantined = quarantine.settle(kept, data.max_bad_fraction)
     if kept == 0:
         raise DataError(f"{data.source} has no rows")
-    return {
-        "read": quarantine.read,
-        "rows": kept,
-        "quarantined": quarantined,
-        "columns": schema.names,
-    }
+    facts = {"read": quarantine.read, "rows": kept, "quarantined": quarantined}
+    return {**facts, "columns": schema.names}
 
 
-def _write(data: DataSpec, out: Path, quarantine: Quarantine) -> "pa.Schema":
-    kind = _kind(data.source)
-    path = _path(data.source)
-    if kind == "function":
-        with functions.importable():
-            yielded = islice(_generated(data.source), data.max_rows)
-            return rows.write_rows(yielded, out / DATA, quarantine)
-    if kind == "file" and path.suffix in (".jsonl", ".json", ".txt"):
-        return rows.write_rows(islice(_text_rows(path), data.max_rows), out / DATA, quarantine)
-    if kind == "file" and path.suffix == ".csv":
-        text = _text_columns(data)
-        schema, batches = columnar.csv_file(path, text, data.max_rows, quarantine)
-    else:
-        reader = {"file": _parquet, "folder": _saved_folder, "hub": _hub}[kind]
-        schema, found = reader(data)
-        batches = columnar.valid_text(_first(found, data.max_rows), quarantine)
+def _quarantine(data: DataSpec, files: list[DataFile], words: list[str], out: Path) -> Quarantine:
+    if not files:
+        return Quarantine(out, data.source, row_number)
+    tell = datafiles.tell_in(files, words, data.source)
+    return Quarantine(out, data.source, datafiles.describe_in(files, words), tell)
+
+
+def _load_files(
+    files: list[DataFile], words: list[str], data: DataSpec, out: Path, quarantine: Quarantine
+) -> "pa.Schema":
+    if files[0].format in datafiles.TEXT:
+        found = islice(rows.of_files(files, words), data.max_rows)
+        return rows.write_rows(found, out / DATA, quarantine)
+    text = _text_columns(data)
+    schema, batches = columnar.of_files(files, text, data.max_rows, quarantine)
     tables.write(out / DATA, batches, schema)
     return schema
 
 
-def _position_word(source: str) -> str:
-    """What a position in a source counts."""
-    path = _path(source)
-    if not path.is_file() or path.suffix not in (".jsonl", ".json", ".txt"):
-        return "row"
-    return "item" if _is_json_list(path) else "line"
-
-
 def _kind(source: str) -> str:
-    """`file`, `folder`, `function` or `hub`."""
+    """`files`, `folder` (saved by datasets), `function` or `hub`."""
     path = _path(source)
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(
-                f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
-            )
-        return "file"
-    if path.is_dir():
+    if _is_saved(path):
         return "folder"
+    if datafiles.find(path):
+        return "files"
+    if path.is_dir():
+        raise DataError(
+            f"{path} holds neither rows saved by datasets (state.json) nor files that end in "
+            f"{datafiles.EXPECTED}"
+        )
+    if datafiles.is_glob(source):
+        raise DataError(f"no file matches {path}")
     if ":" in source:
         return "function"
-    if path.suffix in SUFFIXES or not HUB_ID.fullmatch(source):
+    if DataFile(path, source).format or not HUB_ID.fullmatch(source):
         missing = "" if path.parent.is_dir() else f"; {path.parent} does not exist either"
-        raise DataError(f"there is no file or folder {path}{missing}{_nearest_file(path)}")
+        raise DataError(f"there is no file or folder {path}{missing}{datafiles.nearest(path)}")
     return "hub"
 
 
 def _path(source: str) -> Path:
     return Path(source).expanduser().absolute()
-
-
-def _nearest_file(path: Path) -> str:
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-# Rows as Python dicts: text files and functions.
-
-
-def _text_rows(path: Path) -> Iterator[rows.Located]:
-    if path.suffix == ".txt":
-        lines = rows.text_lines(path)
-        return ((n, {"text": t} if isinstance(t, str) else t) for n, t in lines)
-    return rows.json_items(path) if _is_json_list(path) else rows.json_lines(path)
-
-
-def _is_json_list(path: Path) -> bool:
-    """Whether a .json file starts as a list; many on the hub hold an object a line instead."""
-    if path.suffix != ".json":
-        return False
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _generated(source: str) -> Iterator[rows.Located]:
@@ -173,47 +154,12 @@ def _generated(source: str) -> Iterator[rows.Located]:
         ) from error
 
 
-# Rows as Arrow batches: columnar files, saved folders, the hub.
-
-
-def _parquet(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    path = _path(data.source)
-    try:
-        file = parquet.ParquetFile(path, memory_map=True)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error
-    schema = _decoded(file.schema_arrow)
-    return schema, columnar.tables_of(path, file.iter_batches(batch_size=tables.BATCH_ROWS))
-
-
-def _decoded(schema: "pa.Schema") -> "pa.Schema":
-    """The schema with categories as their values."""
-    import pyarrow as pa
-
-    fields = [
-        field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
-        for field in schema
-    ]
-    return pa.schema(fields)
-
-
-def _first(batches: "Iterable[pa.Table]", count: int | None) -> "Iterator[pa.Table]":
-    for table in batches:
-        if count is None:
-            yield table
-        elif count > 0:
-            yield table.slice(0, count)
-            count -= table.num_rows
-        else:
-            return
-
-
 def _text_columns(data: DataSpec) -> list[str]:
-    standard = {"messages", "prompt", "completion", "text"}
-    return sorted(data.columns.get(name, name) for name in standard)
+    return sorted(data.columns.get(name, name) for name in COLUMNS)
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _saved_files(data: DataSpec) -> list[Path]:
@@ -226,8 +172,8 @@ def _saved_files(data: DataSpec) -> list[Path]:
     state = read_json(folder / "state.json")
     if state is None:
         raise DataError(
-            f"{folder} was not saved by datasets (no state.json): name one of its files, or save "
-            "it with Dataset.save_to_disk"
+            f"{folder} was not saved whole by datasets (no state.json): save it again with "
+            "DatasetDict.save_to_disk"
         )
     files = [folder / entry["filename"] for entry in state["_data_files"]]
     missing = [path.name for path in files if not path.is_file()]
@@ -241,11 +187,11 @@ def _saved_folder(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
 
     files = _saved_files(data)
     try:
-        schema = _decoded(tables.read(files[0]).schema)
+        schema = columnar.decoded(tables.read(files[0]).schema)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{files[0]} is no Arrow table: {error}") from error
     batches = (batch for file in files for batch in tables.batches(file))
-    return schema, columnar.tables_of(_path(data.source), batches)
+    return schema, columnar.located(data.source, batches)
 
 
 def hub_commit(data: DataSpec) -> str:
@@ -266,7 +212,7 @@ def hub_commit(data: DataSpec) -> str:
     )
 
     path = _path(data.source)
-    here = f"{data.source}: there is no file or folder of that name{_nearest_file(path)}, and"
+    here = f"{data.source}: there is no file or folder of that name{datafiles.nearest(path)}, and"
     try:
         info = HfApi().dataset_info(data.source, revision=data.revision, timeout=HUB_TIMEOUT)
     except RevisionNotFoundError as error:
@@ -300,5 +246,5 @@ def _hub(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
             f"{commit}): {type(error).__name__}: {error}"
         ) from error
     arrow = found.with_format("arrow")
-    schema = _decoded(found.data.schema)
+    schema = columnar.decoded(found.data.schema)
     return schema, arrow.iter(batch_size=tables.BATCH_ROWS)

@@ -4,6 +4,7 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from ditty.spec import RunSpec
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a spec file; `overrides` are `section.key=value` with YAML values.
 
-    Relative paths in it are taken relative to the file.
+    Relative paths in it are taken relative to the file; the file that `data.chat_template` names
+    is read here, so that the spec holds its text wherever it goes.
 
     Raises:
         SpecError: unreadable, not YAML, an unknown key, a wrong value, or an illegal pair.
@@ -37,6 +39,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     for override in overrides:
         apply_override(values, override)
     resolve_paths(values, path.parent.absolute())
+    _read_template(values.get("data"), path.parent)
     return parse_spec(values, where=str(path))
 
 
@@ -85,13 +88,17 @@ def _number(value: Any) -> Any:
 
 
 def resolve_paths(values: dict[str, Any], base: Path) -> None:
-    """Make relative paths of a spec absolute, in place, where the file exists below `base`."""
+    """Make relative paths of a spec absolute, in place, where the file exists below `base`.
+
+    So is a pattern that matches something there.
+    """
 
     def absolute(section: Any, key: str) -> None:
         if not isinstance(section, dict) or not isinstance(section.get(key), str):
             return
         text, colon, name = section[key].partition(":")
-        if not Path(text).is_absolute() and (base / text).exists():
+        there = (base / text).exists() or (has_magic(text) and any(base.glob(text)))
+        if not Path(text).is_absolute() and there:
             section[key] = f"{base / text}{colon}{name}"
 
     data = values.get("data")
@@ -101,6 +108,23 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
         for operation in data["operations"]:
             absolute(operation, "function")
             absolute(operation.get("kwargs") if isinstance(operation, dict) else None, "file")
+
+
+def _read_template(data: Any, base: Path) -> None:
+    """Put a chat template's text in the place of its file's name."""
+    named = data.get("chat_template") if isinstance(data, dict) else None
+    if not isinstance(named, str) or "{" in named:
+        return
+    path = base / Path(named).expanduser()
+    if not path.is_file():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = _nearest(path.name, names)
+        hint = f": did you mean {close}?" if close else ", expected Jinja text or a file's name"
+        raise SpecError(f"data.chat_template: there is no file {path}{hint}")
+    try:
+        data["chat_template"] = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"data.chat_template: cannot read {path}: {error}") from error
 
 
 def _explain(error: Any) -> str:

@@ -22,7 +22,7 @@ VERSIONS: dict[str, int] = {
     "fetch": 1,
     "load": 2,
     **dict.fromkeys(OperationMethod, 1),
-    "tokenize": 1,
+    "tokenize": 2,
     "pack": 1,
     "prequantize": 3,
     "train": 2,
@@ -174,6 +174,8 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
         "supervised": data.supervised.value,
         "options": data.model_dump(mode="json", include=fields),
     }
+    if data.chat_template:
+        inputs["chat_template"] = sha256_bytes(data.chat_template.encode())
     refs.append(make_ref("tokenize", "tokenize", inputs))
     inputs = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing.value}
     refs.append(make_ref("pack", "pack", inputs))

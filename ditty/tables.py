@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from ditty.errors import DataError
+
 if TYPE_CHECKING:  # pyarrow costs 0.14 s; the flow imports this module and reads no table
     import pyarrow as pa
 
@@ -91,6 +93,47 @@ def read(path: Path) -> "pa.Table":
 def batches(path: Path) -> "Iterator[pa.RecordBatch]":
     """The same, one batch of at most `BATCH_ROWS` rows at a time."""
     return iter(read(path).to_batches())
+
+
+def merged(known: "pa.Schema | None", schema: "pa.Schema", where: str) -> "pa.Schema":
+    """The schema of all rows up to and with those that start at `where`.
+
+    Integers and floats make floats, objects with different keys one object with all keys, and a
+    column that only some have is there for all.
+
+    Raises:
+        DataError: a column has two types that go into none.
+    """
+    import pyarrow as pa
+
+    if known is None:
+        return schema
+    try:
+        return unified(known, schema)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"from {where} on, a column has another type than before: {error}"
+        ) from error
+
+
+def unified(one: "pa.Schema", other: "pa.Schema") -> "pa.Schema":
+    """`merged` with Arrow's own errors."""
+    import pyarrow as pa
+
+    return pa.unify_schemas([one, other], promote_options="permissive")
+
+
+def conform(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
+    """The rows with the columns and types of a schema that `merged` made of theirs and others."""
+    import pyarrow as pa
+
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
 
 
 def token_lists(arrays: "Iterable[Any]") -> "pa.ListArray":

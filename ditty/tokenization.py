@@ -4,42 +4,31 @@ Labels are not shifted; -100 marks what is not supervised. Nothing is lost witho
 rows = train_rows + eval_rows + eval_unused + the sums of `dropped` and `quarantined`.
 """
 
-import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty import tables
-from ditty.chat import ChatEncoder, Encoded, encode_texts
-from ditty.choices import DataFormat, LossOn, Overlong
+from ditty.chat import Encoded
+from ditty.choices import Overlong
+from ditty.columns import empty_row, find_columns, row_problem
 from ditty.dataspec import DataSpec
+from ditty.encoding import IGNORED, Encoder, Row, make_encoder, without_null
 from ditty.errors import DataError
 from ditty.files import canonical_json
-from ditty.quarantine import BadRow, Quarantine
+from ditty.quarantine import Quarantine, row_number
 from ditty.sources import DATA
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
 
-IGNORED = -100
-"""The label of a token that is not supervised (PyTorch's `ignore_index`)."""
 SHORTEST_BIN = 8
 """Tokens; the bins of lengths are powers of two from here on."""
 TRAIN = "train.arrow"
 EVAL = "eval.arrow"
-
-Row = dict[str, Any]
-Encoder = Callable[[Sequence[Row], int], list[Encoded]]
-
-_COLUMNS = {
-    DataFormat.MESSAGES: ("messages",),
-    DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
-    DataFormat.TEXT: ("text",),
-}
 
 
 def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> dict[str, Any]:
@@ -64,10 +53,10 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     """
     table = tables.read(source / DATA)
     columns = find_columns(data, table.column_names)
-    encode = _encoder(data, load_tokenizer(tokenizer_dir))
+    encode = make_encoder(data, load_tokenizer(tokenizer_dir, data.chat_template))
     counts, held_out = _Counts(), _HeldOut(data)
     with (
-        Quarantine(out, "the rows to tokenize", "row") as quarantine,
+        Quarantine(out, "the rows to tokenize", row_number) as quarantine,
         tables.TableWriter(out / TRAIN, token_schema()) as train,
         tables.TableWriter(out / EVAL, token_schema()) as evaluation,
     ):
@@ -90,9 +79,11 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     return facts
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     """The tokenizer in a folder, without the hub; imports transformers (and so torch).
 
+    Args:
+        chat_template: takes the place of the tokenizer's own.
     Raises:
         DataError: there is none, it is not backed by the tokenizers library, or has no eos token.
     """
@@ -113,29 +104,12 @@ def load_tokenizer(folder: Path) -> Any:
             f"the tokenizer in {folder} has no eos_token, so a model would never learn to stop: "
             "set eos_token in its tokenizer_config.json"
         )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     # A tokenizer.json may carry both from its own training; every length here is ours to decide.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
-
-
-def find_columns(data: DataSpec, present: Sequence[str]) -> dict[str, str]:
-    """Standard name -> the column's name in the data, for what the format reads.
-
-    Raises:
-        DataError: a column is missing; lists those there are.
-    """
-    columns = {name: data.columns.get(name, name) for name in _COLUMNS[data.format]}
-    for standard, name in columns.items():
-        if name not in present:
-            close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise DataError(
-                f"format: {data.format} needs a column {name!r}, the data has "
-                f"{', '.join(present)}: {hint}Set data.columns: {{{standard}: <its name>}}, or "
-                "another data.format"
-            )
-    return columns
 
 
 def _encode_good(
@@ -146,65 +120,17 @@ def _encode_good(
     quarantine.read += len(rows)
     bad = {index: p for index, row in enumerate(rows) if (p := row_problem(row, columns))}
     # Encoders number rows in their errors: in the place of a bad one they get an empty one.
-    empty: Row = {name: [] if name == "messages" else "" for name in columns}
+    empty = empty_row(columns)
     encoded = encode([empty if i in bad else row for i, row in enumerate(rows)], first)
     for index, problem in bad.items():
         quarantine.add(first + index, problem)
     return [None if index in bad else row for index, row in enumerate(encoded)]
 
 
-def row_problem(row: Row, columns: dict[str, str]) -> BadRow | None:
-    """Why a row cannot be read: a value is missing, or of another type than the format reads.
-
-    Args:
-        row: by standard names.
-        columns: standard name -> the column's name in the data.
-    """
-    for standard, value in row.items():
-        name = columns[standard]
-        if value is None:
-            return BadRow(f"column {name!r} is null", row)
-        if standard == "messages":
-            if problem := _chat_problem(value):
-                return BadRow(f"column {name!r} {problem[0]}", row, problem[1])
-        elif not isinstance(value, str):
-            return BadRow(f"column {name!r} holds {_kind(value)}, expected a string", row)
-    return None
-
-
-def _chat_problem(value: Any) -> tuple[str, str] | None:
-    """(what is wrong, where)."""
-    expected = "expected a list of {role, content}"
-    if not isinstance(value, list):
-        return f"holds {_kind(value)}, {expected}", ""
-    for turn, message in enumerate(value):
-        if not isinstance(message, dict):
-            return f"has a turn that is {_kind(message)}, {expected}", f"turn {turn}"
-        for key in ("role", "content"):
-            # A turn that only calls tools has no content.
-            if message.get(key) is None and key == "content" and message.get("tool_calls"):
-                continue
-            if not isinstance(message.get(key), str):
-                got = _kind(message.get(key))
-                return f"has a turn whose {key} is {got}, expected a string", f"turn {turn}"
-    return None
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
 def row_fraction(row: Row) -> float:
     """A row's place in [0, 1), by its content: rows below `eval_fraction` are held out."""
-    digest = hashlib.sha256(canonical_json(_without_null(row))).digest()
+    digest = hashlib.sha256(canonical_json(without_null(row))).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _without_null(value: Any) -> Any:
-    """Arrow fills keys that other rows have with null; they are no content."""
-    if isinstance(value, dict):
-        return {k: _without_null(v) for k, v in value.items() if v is not None}
-    return [_without_null(v) for v in value] if isinstance(value, list) else value
 
 
 def token_schema() -> "pa.Schema":
@@ -224,56 +150,6 @@ def _token_table(rows: Sequence[Encoded], tokens: Counter[str]) -> "pa.Table":
     tokens["supervised"] += sum(int(row.supervised[1:].sum()) for row in rows)
     columns = [tables.token_lists(row.ids for row in rows), tables.token_lists(labels)]
     return pa.table(columns, schema=token_schema())
-
-
-def _encoder(data: DataSpec, tokenizer: Any) -> Encoder:
-    if data.format is DataFormat.MESSAGES:
-        chat = ChatEncoder(tokenizer, assistant_only=data.supervised is LossOn.ASSISTANT)
-        return lambda rows, first: chat.encode([row["messages"] for row in rows], first)
-    if data.format is DataFormat.TEXT:
-        return lambda rows, _: _encode_text(tokenizer, [row["text"] for row in rows])
-    return lambda rows, _: _encode_pairs(tokenizer, rows, data.supervised is LossOn.COMPLETION)
-
-
-def _encode_text(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
-    import numpy as np
-
-    encoded = []
-    for text, ids in zip(texts, encode_texts(tokenizer, texts, special_tokens=True), strict=True):
-        whole = _with_eos(ids, tokenizer.eos_token_id)
-        problem = None if text.strip() else "empty"
-        encoded.append(Encoded(whole, np.ones(len(whole), dtype=bool), problem))
-    return encoded
-
-
-def _encode_pairs(tokenizer: Any, rows: Sequence[Row], completion_only: bool) -> list[Encoded]:
-    """The prompt as a model is given it, then the completion and eos, which it is to answer."""
-    import numpy as np
-
-    prompts = encode_texts(tokenizer, [row["prompt"] for row in rows], special_tokens=True)
-    if _appends_eos(tokenizer):
-        prompts = [prompt[:-1] for prompt in prompts]
-    completions = encode_texts(tokenizer, [row["completion"] for row in rows])
-    encoded = []
-    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
-        ids = np.concatenate([prompt, _with_eos(completion, tokenizer.eos_token_id)])
-        supervised = np.arange(len(ids)) >= (len(prompt) if completion_only else 0)
-        encoded.append(Encoded(ids, supervised, None if row["completion"] else "empty"))
-    return encoded
-
-
-def _appends_eos(tokenizer: Any) -> bool:
-    """Whether the tokenizer's own special tokens end a text with eos; bos may be the same id."""
-    probe = encode_texts(tokenizer, ["a"], special_tokens=True)[0]
-    return int(probe[-1]) == tokenizer.eos_token_id
-
-
-def _with_eos(ids: "np.ndarray", eos: int) -> "np.ndarray":
-    import numpy as np
-
-    if len(ids) and ids[-1] == eos:
-        return ids
-    return np.append(ids, np.int32(eos))
 
 
 @dataclass

@@ -148,7 +148,7 @@ def merge(job: Job, attempt: Path) -> Result:
 
     def make(out: Path) -> dict[str, Any]:
         assert job.trained_dir is not None, "a merge reads an adapter"
-        return merge_into(
+        found = merge_into(
             job.model_dir,
             job.trained_dir,
             out,
@@ -156,6 +156,9 @@ def merge(job: Job, attempt: Path) -> Result:
             progress=Shown("merged"),
             trust_remote_code=job.spec.model.trust_remote_code,
         )
+        if job.spec.data.chat_template is not None:
+            _save_tokenizer(job, out)  # over the base's, which is there already
+        return found
 
     return _build(job, "merge", make, resumable=True)
 
@@ -274,8 +277,6 @@ def _heartbeat(attempt: Path, rank: int) -> Any:
 
 def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str, Any]) -> None:
     """The trained adapter or model as an artifact, with its tokenizer and its metrics."""
-    from transformers import AutoTokenizer
-
     from ditty.model import save_trained
 
     records = list(trainer.run.metrics())
@@ -292,7 +293,17 @@ def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str
         facts["best_step"] = trainer.progress.best_step  # the one that the weights are of
     with Store(job.home).commit("train", job.key, facts) as out:
         save_trained(module, weights, job.spec.model.base_model, out)
-        AutoTokenizer.from_pretrained(job.model_dir, local_files_only=True).save_pretrained(out)
+        _save_tokenizer(job, out)
+
+
+def _save_tokenizer(job: Job, out: Path) -> None:
+    """The base model's, with the chat template that it was trained with."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job.model_dir, local_files_only=True)
+    if job.spec.data.chat_template is not None:
+        tokenizer.chat_template = job.spec.data.chat_template
+    tokenizer.save_pretrained(out)
 
 
 STAGES: dict[str, Callable[[Job, Path], Result]] = {

@@ -19,6 +19,7 @@ from ditty.errors import DittyError
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
 from flows.bench_command import bench
+from flows.preview_command import preview_command
 from flows.serve_command import deploy, serve
 from flows.watch_commands import logs, status
 
@@ -252,6 +253,7 @@ COMMANDS = (
     demo,
     run,
     plan,
+    preview_command,
     status,
     logs,
     evaluate,
@@ -264,4 +266,4 @@ COMMANDS = (
     deploy,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.removesuffix("_command"))(command)

@@ -126,6 +126,8 @@ def test_lengths(tmp_path):
     assert not tokens(row, file, at_least=count + 1) and not tokens(row, file, at_most=count - 1)
     assert characters(row, at_least=16, at_most=16) and not characters(row, at_most=15)
     assert characters(row, "messages", 12, 12) and has_words(row, "messages", 2)
+    shared = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "a"}]}
+    assert characters(shared, "conversations", 7, 7)
     assert not characters(row, "nothing") and not has_words(row, "nothing")
     with pytest.raises(DataError, match="column 'n' holds int, expected a text or a list"):
         characters(row, "n")

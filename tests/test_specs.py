@@ -122,6 +122,14 @@ def test_relative_paths_follow_the_file_not_the_current_directory(tmp_path, monk
     assert spec.model.base_model == "org/name"
 
 
+def test_a_relative_pattern_follows_the_file(tmp_path, monkeypatch):
+    (tmp_path / "part-0.jsonl").write_text("{}\n")
+    path = write(tmp_path, GOOD)
+    monkeypatch.chdir("/")
+    found = load_spec(path, ["data.source=part-*.jsonl"]).data.source
+    assert found == f"{tmp_path}/part-*.jsonl"
+
+
 def test_the_schema_has_a_description_for_every_key():
     """It is the form in Prefect's UI."""
     schema = parse_spec(MINIMAL).model_json_schema()

@@ -2,13 +2,11 @@ import hashlib
 import json
 import random
 
-import pyarrow as pa
 import pytest
 
-from ditty import tables
-from ditty.dataspec import DataSpec
 from ditty.errors import DataError
-from ditty.tokenization import load_tokenizer, row_fraction, tokenize
+from ditty.tokenization import load_tokenizer, row_fraction
+from tests.tokenized import messages, run, run_chats, supervised
 from tests.tokenizers_for_tests import CHATML, MARKED, train_tokenizer
 
 CHATS = [
@@ -18,10 +16,6 @@ CHATS = [
     [("user", "Hello"), ("assistant", "Good"), ("user", "and then")],
     [("assistant", "I begin"), ("user", "ok")],
 ]  # fmt: skip
-
-
-def messages(turns):
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 @pytest.fixture(scope="session")
@@ -44,31 +38,6 @@ def bracketed(tmp_path_factory):
         bos_token="<s>",
         eos_token="</s>",
     )
-
-
-def run(tmp_path, rows, tokenizer, **spec):
-    """Tokenize; facts, training rows and held-out rows."""
-    source, out = tmp_path / "source", tmp_path / "out"
-    for folder in (source, out):
-        folder.mkdir(exist_ok=True)
-    table = pa.Table.from_pylist(rows)
-    tables.write(source / "data.arrow", [table], table.schema)
-    data = DataSpec(**({"source": "x", "eval_fraction": 0.0} | spec))
-    facts = tokenize(data, tokenizer, source, out)
-    return facts, *(tables.read(out / f"{n}.arrow").to_pylist() for n in ("train", "eval"))
-
-
-def run_chats(tmp_path, chats, tokenizer, **spec):
-    return run(tmp_path, [{"messages": messages(c)} for c in chats], tokenizer, **spec)
-
-
-def supervised(tokenizer, row):
-    """The supervised text, a `·` for each stretch that is not."""
-    text = ""
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        assert label in (token, -100)
-        text += "\0" if label == -100 else tokenizer.decode([token])
-    return "·".join(part for part in [""] * text.startswith("\0") + text.split("\0") if part)
 
 
 # Chats
@@ -358,8 +327,8 @@ def test_null_keys_are_no_content():
         ({"format": "text"}, 7, "column 'text' holds int, expected a string, at row 0 "),
         ({"format": "text"}, None, r"column 'text' is null, at row 0 \(.*null"),
         ({}, "hi", r"column 'messages' holds str, expected a list of \{role, content\}"),
-        ({}, ["hi"], r"column 'messages' has a turn that is str, .* at row 0 \(turn 0\)"),
-        ({}, [{"role": "user", "text": "x"}], "has a turn whose content is null, expected a str"),
+        ({}, ["hi"], "'messages' has a turn of another kind, .* at row 0 .str 'hi' at turn 0"),
+        ({}, [{"role": "user", "text": "x"}], "has a turn of another kind, expected a list of"),
         ({}, [{"role": "user", "content": None}], "has a turn whose content is null, expected"),
         ({}, [{"role": 3, "content": "x"}], "has a turn whose role is int"),
         ({}, [{"role": "user", "content": ["x"]}], "has a turn whose content is list"),
@@ -395,7 +364,9 @@ def test_a_few_bad_rows_are_set_aside(tmp_path, chatml):
         }
         for index, (name, _) in bad.items()
     ]
-    with pytest.raises(DataError, match=r"3 of 1,300 rows \(0.23%\).*2 x .*at row 3, 1100 .*; 1 x"):
+    with pytest.raises(
+        DataError, match=r"3 of 1,300 rows \(0.23%\).*2 x .*at row 3, row 1100 .*; 1 x"
+    ):
         run(tmp_path, rows, chatml, **spec, max_bad_fraction=0.002)
 
 

@@ -1,0 +1,126 @@
+"""The first rows of a spec as they would be trained on: every token, and whether it is learned.
+
+Goes the way of the data stages, on the first rows alone, and keeps nothing.
+"""
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditty import basemodel, operations, sources, tables
+from ditty.artifacts import Store
+from ditty.chat import Encoded
+from ditty.choices import Overlong
+from ditty.columns import find_columns, row_problem
+from ditty.dataspec import DataSpec
+from ditty.encoding import make_encoder
+from ditty.errors import DataError
+from ditty.files import make_dir
+from ditty.spec import RunSpec
+from ditty.tokenization import load_tokenizer
+
+SOURCE_ROWS = 1000
+"""Rows of the source that are read: operations may drop most of them."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token. `text` is "" where its character ends in a later one."""
+
+    id: int
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """One row, as it is after the operations.
+
+    Attributes:
+        number: of the row, from 0.
+        tokens: at most `data.seq_len`.
+        fate: what becomes of it, where it is not used as it is: "dropped: empty".
+    """
+
+    number: int
+    tokens: list[Token]
+    fate: str | None
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens are learned; the first is never predicted."""
+        return sum(token.supervised for token in self.tokens[1:])
+
+
+def preview(spec: RunSpec, store: Store, count: int) -> list[PreviewRow]:
+    """The first `count` rows that the operations leave of the source's first SOURCE_ROWS.
+
+    `store` is only asked for the base model. Imports transformers.
+
+    Raises:
+        DittyError: what would stop the stages, in those rows.
+    """
+    data = spec.data
+    folder = basemodel.tokenizer_dir(spec.model.base_model, spec.model.revision, store)
+    rows = _first_rows(data, count)
+    tokenizer = load_tokenizer(folder, data.chat_template)
+    encoded = make_encoder(data, tokenizer)(rows, 0)
+    return [_shown(number, row, tokenizer, data) for number, row in enumerate(encoded)]
+
+
+def _first_rows(data: DataSpec, count: int) -> list[dict[str, Any]]:
+    """Rows of standard names, checked."""
+    few = data.model_copy(update={"max_rows": min(data.max_rows or SOURCE_ROWS, SOURCE_ROWS)})
+    with tempfile.TemporaryDirectory(prefix="ditty-preview-") as scratch:
+        folder = make_dir(Path(scratch) / "0")
+        sources.load(few, folder)
+        for number, operation in enumerate(data.operations, 1):
+            out = make_dir(Path(scratch) / str(number))
+            try:
+                operations.apply(operation, folder, out, num_proc=1)
+            except DataError as error:
+                raise DataError(f"in the source's first {SOURCE_ROWS} rows: {error}") from error
+            folder = out
+        table = tables.read(folder / sources.DATA)
+        columns = find_columns(data, table.column_names)
+        found = table.select(list(columns.values())).slice(0, count).to_pylist()
+    rows = [dict(zip(columns, row.values(), strict=True)) for row in found]
+    for number, row in enumerate(rows):
+        if bad := row_problem(row, columns):
+            raise DataError(f"row {number}: {bad.reason} ({bad.detail})")
+    return rows
+
+
+def _shown(number: int, row: Encoded, tokenizer: Any, data: DataSpec) -> PreviewRow:
+    ids, supervised = row.ids[: data.seq_len].tolist(), row.supervised[: data.seq_len].tolist()
+    texts = token_texts(tokenizer, ids)
+    tokens = [Token(*values) for values in zip(ids, texts, supervised, strict=True)]
+    return PreviewRow(number, tokens, _fate(row, data))
+
+
+def _fate(row: Encoded, data: DataSpec) -> str | None:
+    """As ditty.tokenization decides it."""
+    if row.problem:
+        return f"dropped: {row.problem}"
+    if not row.supervised[1:].any():
+        return "dropped: no_supervised_token"
+    if len(row.ids) <= data.seq_len:
+        return None
+    long = f"{len(row.ids):,} tokens, more than data.seq_len"
+    if data.overlong is Overlong.ERROR:
+        return f"an error: {long}"
+    if data.overlong is Overlong.DROP:
+        return f"dropped: {long}"
+    if not row.supervised[1 : data.seq_len].any():
+        return f"dropped: {long}, and none of the first {data.seq_len:,} is supervised"
+    return f"cut: {long}"
+
+
+def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """The text that each token adds; "" where its character ends in a later one."""
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
