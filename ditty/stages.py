@@ -11,10 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ditty import basemodel, functions, sources
-from ditty.artifacts import Manifest, Store
+from ditty import basemodel, functions, quarantine, sources
+from ditty.artifacts import Manifest, Store, read_manifest
 from ditty.choices import OperationMethod, Precision, Quantization
 from ditty.dataspec import Operation
+from ditty.errors import DataError
 from ditty.files import canonical_json, sha256_bytes
 from ditty.spec import RunSpec
 
@@ -299,6 +300,25 @@ def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> M
     source = store.path(stages[index - 1].stage, stages[index - 1].key) if index else None
     make = partial(_run_data_stage, ref, spec, line.model_dir, source)
     return store.build(ref.stage, ref.key, facts, make)
+
+
+def check_bad_rows(line: StageLine, spec: RunSpec, store: Store) -> None:
+    """The threshold is in no key: an artifact may be from when it was higher.
+
+    Raises:
+        DataError: a data stage that is made has more bad rows than `data.max_bad_fraction` allows.
+    """
+    for ref in line.data():
+        path = store.path(ref.stage, ref.key)
+        facts = read_manifest(path).facts
+        bad = sum(facts.get("quarantined", {}).values())
+        read = facts.get("read", facts["rows"])
+        if bad > spec.data.max_bad_fraction * read:
+            raise DataError(
+                f"{ref.title}: {bad:,} of {read:,} rows ({bad / read:.2%}) could not be used, "
+                f"data.max_bad_fraction allows {spec.data.max_bad_fraction:.2%}: see "
+                f"{path / quarantine.FILE}. Mend or drop these rows, or raise it"
+            )
 
 
 def _run_data_stage(

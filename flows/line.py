@@ -76,6 +76,7 @@ def prepare(call: Caller, line: StageLine) -> Prepared:
     line = fetched(call, line)
     preflight.check_model(spec, line)
     done = [call.cached(tasks.make_data, ref, line, spec, store) for ref in line.data()]
+    stages.check_bad_rows(line, spec, store)
     publish_data(line, spec.name, store)
     model_dir, quantized = base_model(call, line)
     pack = line.need("pack")

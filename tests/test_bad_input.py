@@ -127,6 +127,10 @@ def test_a_few_bad_rows_are_kept_beside_the_good_ones(tmp_path, no_process):
         assert f'"position": "{position}"' in (folder / "quarantine.jsonl").read_text()
     other = make_spec(tmp_path, rows, data__max_bad_fraction=0.5)
     assert [p.state for p in make_plan(other, Store()).stages][:3] == ["cached"] * 3
+    stages.check_bad_rows(line, other, Store())
+    strict = make_spec(tmp_path, rows, data__max_bad_fraction=0.001)
+    with pytest.raises(DataError, match=r"load rows.jsonl: 1 of 200 rows \(0.50%\).*quarantine"):
+        stages.check_bad_rows(line, strict, Store())
     first = make_spec(tmp_path, rows)
     assert not spec_differences(first.model_dump(mode="json"), other.model_dump(mode="json"))
 

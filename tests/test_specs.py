@@ -1,5 +1,6 @@
 """The spec: what it refuses and how it says so, and every spec that ships."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ditty.dataspec import Operation
 from ditty.errors import SpecError
 from ditty.functions import resolve
 from ditty.spec import RunSpec
@@ -156,6 +158,13 @@ def readme_block(language: str, containing: str) -> str:
 def test_the_readmes_spec_is_valid():
     spec = parse_spec(yaml.safe_load(readme_block("yaml", "name: my-run")))
     assert spec.global_batch_size == 16 and spec.data.supervised == "completion"
+
+
+def test_the_readmes_ready_made_operations_exist():
+    (values,) = yaml.safe_load(readme_block("yaml", "deduplicate_near")).values()
+    for value in values:
+        operation = Operation.model_validate(value)
+        inspect.signature(resolve(operation.function)).bind("the rows", **operation.kwargs)
 
 
 def test_the_readmes_library_example_runs(tmp_path, monkeypatch):
