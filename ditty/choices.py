@@ -32,6 +32,13 @@ class DataFormat(StrEnum):
     TOKENS = "tokens"
 
 
+class StoppingStrategy(StrEnum):
+    """When weighted sources are mixed enough: one of them, or each, has given all its rows."""
+
+    FIRST_EXHAUSTED = "first_exhausted"
+    ALL_EXHAUSTED = "all_exhausted"
+
+
 class LossOn(StrEnum):
     """Which tokens are supervised."""
 

@@ -47,8 +47,9 @@ def of_files(
     assert schema is not None, "there is a file"
 
     def batches() -> "Iterator[pa.Table]":
+        before = quarantine.read  # of other sources
         for index, file in enumerate(files):
-            left = None if max_rows is None else max_rows - quarantine.read
+            left = None if max_rows is None else max_rows - (quarantine.read - before)
             if file.format == ".csv":
                 found = _csv_rows(file, text_columns, left, quarantine, index)
             else:

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ditty.choices import DataFormat, LossOn, OperationMethod, Overlong, Packing
+from ditty.choices import (
+    DataFormat,
+    LossOn,
+    OperationMethod,
+    Overlong,
+    Packing,
+    StoppingStrategy,
+)
 
 
 class Shape(NamedTuple):
@@ -119,13 +126,11 @@ class Operation(Section):
         return f"{self.method} {Path(self.function).name if absolute else self.function}"
 
 
-class DataSpec(Section):
-    """Rows in, packed token rows out."""
+class SourceSpec(Section):
+    """One of several sources; its keys are those of `data` itself."""
 
     source: str
-    """A hub data set; a .jsonl/.json/.csv/.txt file (also .gz, .zst, .bz2) or a .parquet file, a
-    folder of such files or a pattern (`data/*.jsonl`); a folder saved by datasets; or
-    `module:function`, which yields rows as dicts."""
+    """As `data.source`."""
     subset: str | None = None
     """The configuration's name of a hub data set."""
     split: str = "train"
@@ -133,7 +138,34 @@ class DataSpec(Section):
     revision: str | None = None
     """Commit, branch or tag of a hub data set; resolved to a commit."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Read only the first rows of the source."""
+    """Read only the first rows of this source."""
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of the mixed rows, relative to the others' weights; all have one, or none has."""
+
+
+class DataSpec(Section):
+    """Rows in, packed token rows out."""
+
+    source: str | None = None
+    """A hub data set; a .jsonl/.json/.csv/.txt file (also .gz, .zst, .bz2) or a .parquet file, a
+    folder of such files or a pattern (`data/*.jsonl`), or a URL of them (s3://, https:// ...); a
+    folder saved by datasets; or `module:function`, which yields rows as dicts."""
+    subset: str | None = None
+    """The configuration's name of a hub data set."""
+    split: str = "train"
+    """The split of a hub data set."""
+    revision: str | None = None
+    """Commit, branch or tag of a hub data set; resolved to a commit."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Read only the first rows of the source, or of the mixture."""
+    sources: list[SourceSpec] = Field(default_factory=list)
+    """Several sources in the place of `source`. Without weights, all rows of one after the other;
+    with them, each row is the next one of a source that is drawn by weight."""
+    stopping_strategy: StoppingStrategy = StoppingStrategy.FIRST_EXHAUSTED
+    """Of weighted sources: `first_exhausted` stops where one has no row left, `all_exhausted` goes
+    on, from a source's first row again, until each row of all was there."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the order in which weighted sources are drawn."""
     operations: list[Operation] = Field(default_factory=list)
     """Row operations, in order."""
     format: DataFormat = DataFormat.MESSAGES
@@ -171,6 +203,29 @@ class DataSpec(Section):
         """Finished runs and deployments keep specs of before."""
         old = {True: Packing.BEST_FIT, False: Packing.NONE}
         return old[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> "DataSpec":
+        if (self.source is None) == (not self.sources):
+            got = "neither" if self.source is None else "both"
+            raise ValueError(f"expected source, or sources for several; got {got}")
+        if self.sources and (self.subset, self.split, self.revision) != (None, "train", None):
+            raise ValueError("subset, split and revision go into each of sources, not beside them")
+        weighted = [part.source for part in self.sources if part.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            raise ValueError(
+                f"of {len(self.sources)} sources {len(weighted)} have a weight ({weighted[0]}); "
+                "expected all, or none to take every row of each"
+            )
+        return self
+
+    @property
+    def parts(self) -> list[SourceSpec]:
+        """The sources, one or several, each with its own limit of rows."""
+        if self.source is None:
+            return self.sources
+        keys = ("source", "subset", "split", "revision", "max_rows")
+        return [SourceSpec.model_validate({key: getattr(self, key) for key in keys})]
 
     @model_validator(mode="after")
     def _loss_fits_format(self) -> "DataSpec":

@@ -7,22 +7,23 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ditty import basemodel, operations, sources, tables
 from ditty.artifacts import Store
 from ditty.chat import Encoded
 from ditty.choices import Overlong
 from ditty.columns import find_columns, row_problem
-from ditty.dataspec import DataSpec
+from ditty.dataspec import DataSpec, SourceSpec
 from ditty.encoding import make_encoder
 from ditty.errors import DataError
 from ditty.files import make_dir
 from ditty.spec import RunSpec
 from ditty.tokenization import load_tokenizer
 
+Limited = TypeVar("Limited", DataSpec, SourceSpec)
 SOURCE_ROWS = 1000
-"""Rows of the source that are read: operations may drop most of them."""
+"""Rows of the source (of each) that are read: operations may drop most of them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def preview(spec: RunSpec, store: Store, count: int) -> list[PreviewRow]:
 
 def _first_rows(data: DataSpec, count: int) -> list[dict[str, Any]]:
     """Rows of standard names, checked."""
-    few = data.model_copy(update={"max_rows": min(data.max_rows or SOURCE_ROWS, SOURCE_ROWS)})
+    few = _limited(data).model_copy(update={"sources": list(map(_limited, data.sources))})
     with tempfile.TemporaryDirectory(prefix="ditty-preview-") as scratch:
         folder = make_dir(Path(scratch) / "0")
         sources.load(few, folder)
@@ -91,6 +92,11 @@ def _first_rows(data: DataSpec, count: int) -> list[dict[str, Any]]:
         if bad := row_problem(row, columns):
             raise DataError(f"row {number}: {bad.reason} ({bad.detail})")
     return rows
+
+
+def _limited(section: Limited) -> Limited:
+    limit = min(section.max_rows or SOURCE_ROWS, SOURCE_ROWS)
+    return section.model_copy(update={"max_rows": limit})
 
 
 def _shown(number: int, row: Encoded, tokenizer: Any, data: DataSpec) -> PreviewRow:

@@ -55,20 +55,29 @@ class Quarantine:
         reasons: bad rows so far by reason.
     """
 
-    def __init__(self, folder: Path, source: str, describe: Describe, tell: Describe | None = None):
+    def __init__(self, folder: Path, source: str, max_bad_fraction: float):
         """
         Args:
             folder: of the artifact, where the file goes.
             source: what is read, for errors.
-            describe: a position in words that do not depend on this machine, for the file.
-            tell: the same for errors, with the names of files; by default as in the file.
+            max_bad_fraction: of the rows that are read.
         """
         self.read = 0
         self.reasons: Counter[str] = Counter()
-        self._path, self._source = folder / FILE, source
-        self._describe, self._tell = describe, tell or describe
+        self._path, self._source, self._max = folder / FILE, source, max_bad_fraction
+        self._describe: Describe = row_number
+        self._tell: Describe = row_number
         self._file: IO[str] | None = None
-        self._first: dict[str, tuple[list[Any], str]] = {}
+        self._first: dict[str, tuple[list[str], str]] = {}
+
+    def reading(self, describe: Describe, tell: Describe) -> None:
+        """How positions are told from here on; before, they are numbers of rows.
+
+        Args:
+            describe: in words that do not depend on this machine, for the file.
+            tell: the same for errors, with the names of files.
+        """
+        self._describe, self._tell = describe, tell
 
     def add(self, position: Any, bad: BadRow) -> None:
         """Set a row aside. Call it in the order of positions: the file has that order."""
@@ -83,34 +92,26 @@ class Quarantine:
             self._file = self._path.open("w", encoding="utf-8")
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.reasons[bad.reason] += 1
-        positions, _ = self._first.setdefault(bad.reason, ([], bad.detail or excerpt))
-        if len(positions) < TOLD_POSITIONS:
-            positions.append(position)
+        places, _ = self._first.setdefault(bad.reason, ([], bad.detail or excerpt))
+        if len(places) < TOLD_POSITIONS:
+            places.append(self._tell(position))
 
     def where(self, position: Any) -> str:
         """A position as a person would look it up: `rows.jsonl, line 7`."""
         return f"{self._source}, {self._tell(position)}"
 
-    def settle(self, kept: int, max_bad_fraction: float) -> dict[str, int]:
+    def settle(self, kept: int) -> dict[str, int]:
         """The end of the stage; returns bad rows by reason.
 
         Args:
             kept: rows that were read and are not here.
 
         Raises:
-            DataError: more than `max_bad_fraction` of the rows are here; tells the commonest
-                reasons, and where the first rows of each are.
+            DataError: see `check`.
         """
         bad = self.reasons.total()
         assert self.read == kept + bad, (self.read, kept, self.reasons)
-        if bad > max_bad_fraction * self.read:
-            told = "; ".join(self._told(r, n) for r, n in self.reasons.most_common(TOLD_REASONS))
-            raise DataError(
-                f"{self._source}: {bad:,} of {self.read:,} rows ({bad / self.read:.2%}) cannot be "
-                f"used, data.max_bad_fraction allows {max_bad_fraction:.2%}: {told}. Mend or drop "
-                f"these rows, or raise data.max_bad_fraction: then they are listed in {FILE} of "
-                "the stage's artifact, and left out"
-            )
+        self.check()
         if bad:
             reasons = ", ".join(f"{r} {n:,}" for r, n in self.reasons.most_common(TOLD_REASONS))
             log.warning(
@@ -119,11 +120,25 @@ class Quarantine:
             )
         return dict(sorted(self.reasons.items()))
 
+    def check(self) -> None:
+        """Raise a DataError if more than `max_bad_fraction` of the rows so far are here.
+
+        It tells the commonest reasons, and where the first rows of each are.
+        """
+        bad = self.reasons.total()
+        if bad > self._max * self.read:
+            told = "; ".join(self._told(r, n) for r, n in self.reasons.most_common(TOLD_REASONS))
+            raise DataError(
+                f"{self._source}: {bad:,} of {self.read:,} rows ({bad / self.read:.2%}) cannot be "
+                f"used, data.max_bad_fraction allows {self._max:.2%}: {told}. Mend or drop "
+                f"these rows, or raise data.max_bad_fraction: then they are listed in {FILE} of "
+                "the stage's artifact, and left out"
+            )
+
     def _told(self, reason: str, count: int) -> str:
-        positions, example = self._first[reason]
-        places = ", ".join(self._tell(position) for position in positions)
-        more = ", ..." if count > len(positions) else ""
-        return f"{count:,} x {reason}, at {places}{more} ({example})"
+        places, example = self._first[reason]
+        more = ", ..." if count > len(places) else ""
+        return f"{count:,} x {reason}, at {', '.join(places)}{more} ({example})"
 
     def __enter__(self) -> Self:
         return self

@@ -1,21 +1,22 @@
-"""Where rows come from: files, a folder saved by datasets, a function, or the hub.
+"""Where rows come from: files here or elsewhere, a folder saved by datasets, a function, the hub.
 
 `identify` says what the rows depend on without reading more than it must; `load` turns them into
 `data.arrow`. Local files never go through a cache in the user's home.
 """
 
 import re
+import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty import columnar, datafiles, functions, rows, tables
+from ditty import columnar, datafiles, functions, mixing, remotefiles, rows, tables
 from ditty.datafiles import DataFile
-from ditty.dataspec import COLUMNS, DataSpec
+from ditty.dataspec import COLUMNS, DataSpec, SourceSpec
 from ditty.errors import DataError
-from ditty.files import canonical_json, read_json, sha256_bytes, sha256_file
-from ditty.quarantine import Quarantine, row_number
+from ditty.files import canonical_json, make_dir, read_json, sha256_bytes, sha256_file
+from ditty.quarantine import Describe, Quarantine, row_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,42 +28,58 @@ HUB_TIMEOUT = 10.0
 
 
 def identify(data: DataSpec) -> dict[str, Any]:
-    """What the rows of a source depend on, as JSON; equal identities have equal rows.
+    """What the rows depend on, as JSON; equal identities have equal rows.
 
     Raises:
         DataError: there is no such source (with the nearest file name), or the hub is needed and
             does not answer.
+        RemoteError: the place of a URL cannot be reached (retryable), or refuses.
     """
-    kind = _kind(data.source)
+    text_columns = _text_columns(data)
+    parts = [_identify(part, text_columns) for part in data.parts]
+    if data.source is not None:
+        return parts[0]
+    identity: dict[str, Any] = {"kind": "mixture", "max_rows": data.max_rows, "parts": parts}
+    if weights := mixing.weights(data):
+        order = {"weights": weights, "seed": data.seed, "until": data.stopping_strategy.value}
+        identity |= order
+    return identity
+
+
+def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
+    kind = _kind(part.source)
     if kind == "files":
-        identity = _identify_files(datafiles.find(_path(data.source)), data)
+        files = datafiles.find(_path(part.source))
+        # By content: neither where a file is nor how it is called counts.
+        identity: dict[str, Any] = {"files": [[f.kind, sha256_file(f.path)] for f in files]}
+        if files[0].format == ".csv":
+            identity["text_columns"] = text_columns
+    elif kind == "url":
+        identity = {"files": remotefiles.identify(part.source)}
+        if identity["files"][0][0].startswith(".csv"):
+            identity["text_columns"] = text_columns
     elif kind == "folder":
-        files = [[p.name, sha256_file(p)] for p in _saved_files(data)]
-        identity = {"sha256": sha256_bytes(canonical_json(files))}
+        saved = [[p.name, sha256_file(p)] for p in _saved_files(part)]
+        identity = {"sha256": sha256_bytes(canonical_json(saved))}
     elif kind == "function":
-        fn = functions.resolve(data.source)
+        fn = functions.resolve(part.source)
         identity = {"digest": functions.digest(fn)}
         if hasattr(fn, "identity"):
             identity["depends_on"] = fn.identity()
     else:
-        identity = {"id": data.source, "commit": hub_commit(data)}
-        identity |= {"subset": data.subset, "split": data.split}
-    return {"kind": kind, "max_rows": data.max_rows, **identity}
+        identity = {"id": part.source, "commit": hub_commit(part)}
+        identity |= {"subset": part.subset, "split": part.split}
+    return {"kind": kind, "max_rows": part.max_rows, **identity}
 
 
-def _identify_files(files: list[DataFile], data: DataSpec) -> dict[str, Any]:
-    """By content: neither where a file is nor how it is called counts."""
-    identity: dict[str, Any] = {"files": [[file.kind, sha256_file(file.path)] for file in files]}
-    if files[0].format == ".csv":
-        identity["text_columns"] = _text_columns(data)
-    return identity
-
-
-def load(data: DataSpec, out: Path) -> dict[str, Any]:
-    """Write the rows of a source to `out/data.arrow`.
+def load(data: DataSpec, out: Path, identity: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write the rows to `out/data.arrow`.
 
     A row that cannot be used goes to `out/quarantine.jsonl`, see `quarantine`.
 
+    Args:
+        identity: what `identify` said: of the hub, that commit is loaded, wherever a branch has
+            moved since, and files elsewhere must still be the same.
     Returns:
         read (rows of the source, at most max_rows), rows (those in the table), quarantined (reason
         -> rows), columns (their names).
@@ -71,49 +88,113 @@ def load(data: DataSpec, out: Path) -> dict[str, Any]:
         DataError: no rows, a file that cannot be read as a whole, a function that failed, or more
             bad rows than `data.max_bad_fraction` allows (says which and why).
     """
-    kind = _kind(data.source)
-    files = datafiles.find(_path(data.source)) if kind == "files" else []
-    words = rows.position_words(files)
-    with _quarantine(data, files, words, out) as quarantine:
+    text_columns = _text_columns(data)
+    with Quarantine(out, data.source or "the sources", data.max_bad_fraction) as quarantine:
+        if data.source is not None:
+            kept = _load(data.parts[0], None, text_columns, out, identity or {}, quarantine)
+        else:
+            kept = _load_several(data, text_columns, out, identity, quarantine)
+        quarantined = quarantine.settle(kept)
+    made = tables.read(out / DATA)
+    facts = {"read": quarantine.read, "rows": made.num_rows, "quarantined": quarantined}
+    return {**facts, "columns": made.column_names}
+
+
+def _load_several(
+    data: DataSpec,
+    text_columns: list[str],
+    out: Path,
+    identity: dict[str, Any] | None,
+    quarantine: Quarantine,
+) -> int:
+    """Write the mixed rows of all sources; how many those had to give."""
+    identities = identity["parts"] if identity else [{}] * len(data.sources)
+    kept, parts = 0, []
+    with tempfile.TemporaryDirectory(prefix=".parts-", dir=out) as scratch:
+        for number, part in enumerate(data.sources):
+            folder = make_dir(Path(scratch) / str(number))
+            kept += _load(part, number, text_columns, folder, identities[number], quarantine)
+            parts.append(tables.read(folder / DATA))
+        schema, batches = mixing.mix(data, parts)
+        tables.write(out / DATA, columnar.first(batches, data.max_rows), schema)
+    return kept
+
+
+def _load(
+    part: SourceSpec,
+    number: int | None,
+    text_columns: list[str],
+    out: Path,
+    identity: dict[str, Any],
+    quarantine: Quarantine,
+) -> int:
+    """Write the rows of one source, of several the one of that number; how many it has."""
+    kind = _kind(part.source)
+    with tempfile.TemporaryDirectory(prefix=".fetched-", dir=out) as scratch:
+        files = _files(part, Path(scratch), identity)
+        quarantine.reading(*_positions(part, number, files))
         if files:
-            schema = _load_files(files, words, data, out, quarantine)
+            _load_files(files, part, text_columns, out, quarantine)
         elif kind == "function":
             with functions.importable():
-                yielded = islice(_generated(data.source), data.max_rows)
-                schema = rows.write_rows(yielded, out / DATA, quarantine)
+                yielded = islice(_generated(part.source), part.max_rows)
+                rows.write_rows(yielded, out / DATA, quarantine)
         else:
-            schema, found = _saved_folder(data) if kind == "folder" else _hub(data)
-            batches = columnar.valid_text(columnar.first(found, data.max_rows), quarantine)
+            commit = identity.get("commit") or hub_commit(part) if kind == "hub" else ""
+            schema, found = _hub(part, commit) if commit else _saved_folder(part)
+            batches = columnar.valid_text(columnar.first(found, part.max_rows), quarantine)
             tables.write(out / DATA, batches, schema)
-        kept = tables.read(out / DATA).num_rows
-        quarantined = quarantine.settle(kept, data.max_bad_fraction)
+    kept = tables.read(out / DATA).num_rows
     if kept == 0:
-        raise DataError(f"{data.source} has no rows")
-    facts = {"read": quarantine.read, "rows": kept, "quarantined": quarantined}
-    return {**facts, "columns": schema.names}
+        quarantine.check()
+        raise DataError(f"{part.source} has no rows")
+    return kept
 
 
-def _quarantine(data: DataSpec, files: list[DataFile], words: list[str], out: Path) -> Quarantine:
-    if not files:
-        return Quarantine(out, data.source, row_number)
-    tell = datafiles.tell_in(files, words, data.source)
-    return Quarantine(out, data.source, datafiles.describe_in(files, words), tell)
+def _files(part: SourceSpec, scratch: Path, identity: dict[str, Any]) -> list[DataFile]:
+    """The files of a source, here or copied to here; empty where it is none of files."""
+    kind = _kind(part.source)
+    if kind == "url":
+        return remotefiles.fetch(part.source, scratch, identity.get("files"))
+    return datafiles.find(_path(part.source)) if kind == "files" else []
+
+
+def _positions(
+    part: SourceSpec, number: int | None, files: list[DataFile]
+) -> tuple[Describe, Describe]:
+    """How a position in a source is told, without and with names."""
+    describe: Describe = row_number
+    tell: Describe = row_number
+    if files:
+        words = rows.position_words(files)
+        describe = datafiles.describe_in(files, words)
+        tell = datafiles.tell_in(files, words, part.source)
+    if number is None:
+        return describe, tell
+    source = f"source {number + 1}"
+    return lambda at: f"{source}, {describe(at)}", lambda at: f"{part.source}, {tell(at)}"
 
 
 def _load_files(
-    files: list[DataFile], words: list[str], data: DataSpec, out: Path, quarantine: Quarantine
-) -> "pa.Schema":
+    files: list[DataFile],
+    part: SourceSpec,
+    text_columns: list[str],
+    out: Path,
+    quarantine: Quarantine,
+) -> None:
     if files[0].format in datafiles.TEXT:
-        found = islice(rows.of_files(files, words), data.max_rows)
-        return rows.write_rows(found, out / DATA, quarantine)
-    text = _text_columns(data)
-    schema, batches = columnar.of_files(files, text, data.max_rows, quarantine)
-    tables.write(out / DATA, batches, schema)
-    return schema
+        words = rows.position_words(files)
+        found = islice(rows.of_files(files, words), part.max_rows)
+        rows.write_rows(found, out / DATA, quarantine)
+    else:
+        schema, batches = columnar.of_files(files, text_columns, part.max_rows, quarantine)
+        tables.write(out / DATA, batches, schema)
 
 
 def _kind(source: str) -> str:
-    """`files`, `folder` (saved by datasets), `function` or `hub`."""
+    """`files`, `url` (of files), `folder` (saved by datasets), `function` or `hub`."""
+    if remotefiles.is_url(source):
+        return "url"
     path = _path(source)
     if _is_saved(path):
         return "folder"
@@ -162,13 +243,13 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _saved_files(data: DataSpec) -> list[Path]:
+def _saved_files(part: SourceSpec) -> list[Path]:
     """The Arrow files of a folder made by `save_to_disk`, of the split where it has splits."""
-    folder = _path(data.source)
+    folder = _path(part.source)
     splits = (read_json(folder / "dataset_dict.json") or {}).get("splits")
-    if splits is not None and data.split not in splits:
-        raise DataError(f"{folder} has no split {data.split!r}, expected {' or '.join(splits)}")
-    folder = folder / data.split if splits is not None else folder
+    if splits is not None and part.split not in splits:
+        raise DataError(f"{folder} has no split {part.split!r}, expected {' or '.join(splits)}")
+    folder = folder / part.split if splits is not None else folder
     state = read_json(folder / "state.json")
     if state is None:
         raise DataError(
@@ -182,27 +263,27 @@ def _saved_files(data: DataSpec) -> list[Path]:
     return files
 
 
-def _saved_folder(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
+def _saved_folder(part: SourceSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
     import pyarrow as pa
 
-    files = _saved_files(data)
+    files = _saved_files(part)
     try:
         schema = columnar.decoded(tables.read(files[0]).schema)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{files[0]} is no Arrow table: {error}") from error
     batches = (batch for file in files for batch in tables.batches(file))
-    return schema, columnar.located(data.source, batches)
+    return schema, columnar.located(part.source, batches)
 
 
-def hub_commit(data: DataSpec) -> str:
-    """The commit that `data.revision` (or the default branch) of a hub data set means now.
+def hub_commit(part: SourceSpec) -> str:
+    """The commit that `revision` (or the default branch) of a hub data set means now.
 
     Raises:
         DataError: the hub has no such data set or revision, or does not answer.
     """
-    if re.fullmatch(r"[0-9a-f]{40}", data.revision or ""):
-        assert data.revision is not None
-        return data.revision
+    if re.fullmatch(r"[0-9a-f]{40}", part.revision or ""):
+        assert part.revision is not None
+        return part.revision
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -211,12 +292,12 @@ def hub_commit(data: DataSpec) -> str:
         RevisionNotFoundError,
     )
 
-    path = _path(data.source)
-    here = f"{data.source}: there is no file or folder of that name{datafiles.nearest(path)}, and"
+    path = _path(part.source)
+    here = f"{part.source}: there is no file or folder of that name{datafiles.nearest(path)}, and"
     try:
-        info = HfApi().dataset_info(data.source, revision=data.revision, timeout=HUB_TIMEOUT)
+        info = HfApi().dataset_info(part.source, revision=part.revision, timeout=HUB_TIMEOUT)
     except RevisionNotFoundError as error:
-        raise DataError(f"hub data set {data.source} has no revision {data.revision}") from error
+        raise DataError(f"hub data set {part.source} has no revision {part.revision}") from error
     except RepositoryNotFoundError as error:
         raise DataError(
             f"{here} the hub has no such data set (or it is private: set HF_TOKEN)"
@@ -232,17 +313,16 @@ def hub_commit(data: DataSpec) -> str:
     return info.sha
 
 
-def _hub(data: DataSpec) -> "tuple[pa.Schema, Iterator[pa.Table]]":
+def _hub(part: SourceSpec, commit: str) -> "tuple[pa.Schema, Iterator[pa.Table]]":
     import datasets
 
-    commit = hub_commit(data)
     try:
         found = datasets.load_dataset(
-            data.source, name=data.subset, split=data.split, revision=commit
+            part.source, name=part.subset, split=part.split, revision=commit
         )
     except Exception as error:  # a hundred kinds: unknown split or subset, formats, the network
         raise DataError(
-            f"hub data set {data.source} (subset {data.subset}, split {data.split}, commit "
+            f"hub data set {part.source} (subset {part.subset}, split {part.split}, commit "
             f"{commit}): {type(error).__name__}: {error}"
         ) from error
     arrow = found.with_format("arrow")

@@ -1,7 +1,7 @@
 """The spec: one YAML file that describes a run, and the form of the flow in Prefect's UI.
 
-Every key has a default except `data.source` and `model.base_model`. Pairs that make no sense are
-refused here, before a process is started.
+Every key has a default except `data.source` (or `data.sources`) and `model.base_model`. Pairs that
+make no sense are refused here, before a process is started.
 """
 
 import re

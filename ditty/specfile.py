@@ -96,6 +96,8 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
     def absolute(section: Any, key: str) -> None:
         if not isinstance(section, dict) or not isinstance(section.get(key), str):
             return
+        if "://" in section[key]:
+            return
         text, colon, name = section[key].partition(":")
         there = (base / text).exists() or (has_magic(text) and any(base.glob(text)))
         if not Path(text).is_absolute() and there:
@@ -104,10 +106,11 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
     data = values.get("data")
     absolute(data, "source")
     absolute(values.get("model"), "base_model")
-    if isinstance(data, dict) and isinstance(data.get("operations"), list):
-        for operation in data["operations"]:
-            absolute(operation, "function")
-            absolute(operation.get("kwargs") if isinstance(operation, dict) else None, "file")
+    for several, key in (("operations", "function"), ("sources", "source")):
+        if isinstance(data, dict) and isinstance(data.get(several), list):
+            for section in data[several]:
+                absolute(section, key)
+                absolute(section.get("kwargs") if isinstance(section, dict) else None, "file")
 
 
 def _read_template(data: Any, base: Path) -> None:

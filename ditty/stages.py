@@ -164,7 +164,8 @@ def _fetch_refs(base: basemodel.BaseModelRef) -> Iterator[StageRef]:
 
 def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
     data = spec.data
-    refs = [make_ref("load", f"load {_short(data.source)}", {"source": sources.identify(data)})]
+    title = f"load {_short(data.source) if data.source else f'{len(data.sources)} sources'}"
+    refs = [make_ref("load", title, {"source": sources.identify(data)})]
     for operation in data.operations:
         inputs = {"rows": refs[-1].key, **operation_inputs(operation)}
         refs.append(make_ref(operation.method.value, operation.describe(), inputs, operation))
@@ -294,7 +295,7 @@ def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> M
         if ref.operation.function:
             facts["function"] = ref.operation.function
     elif ref.stage == "load":
-        facts["source"] = spec.data.source
+        facts["source"] = ", ".join(part.source for part in spec.data.parts)
     stages = line.data()
     index = stages.index(ref)
     source = store.path(stages[index - 1].stage, stages[index - 1].key) if index else None
@@ -327,10 +328,7 @@ def _run_data_stage(
     from ditty import operations, packing, tokenization
 
     if source is None:
-        # Of the hub, exactly the commit that the key names: a branch may have moved since.
-        commit = ref.inputs["source"].get("commit")
-        data = spec.data.model_copy(update={"revision": commit}) if commit else spec.data
-        return sources.load(data, out)
+        return sources.load(spec.data, out, ref.inputs["source"])
     if ref.operation is not None:
         return operations.apply(ref.operation, source, out, spec.data.num_proc)
     if ref.stage == "tokenize":

@@ -19,7 +19,7 @@ from ditty.dataspec import DataSpec
 from ditty.encoding import IGNORED, Encoder, Row, make_encoder, without_null
 from ditty.errors import DataError
 from ditty.files import canonical_json
-from ditty.quarantine import Quarantine, row_number
+from ditty.quarantine import Quarantine
 from ditty.sources import DATA
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     encode = make_encoder(data, load_tokenizer(tokenizer_dir, data.chat_template))
     counts, held_out = _Counts(), _HeldOut(data)
     with (
-        Quarantine(out, "the rows to tokenize", row_number) as quarantine,
+        Quarantine(out, "the rows to tokenize", data.max_bad_fraction) as quarantine,
         tables.TableWriter(out / TRAIN, token_schema()) as train,
         tables.TableWriter(out / EVAL, token_schema()) as evaluation,
     ):
@@ -72,8 +72,7 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
             evaluation.write(_token_table(held_out.settled(), counts.eval_tokens))
         evaluation.write(_token_table(held_out.rest(), counts.eval_tokens))
         facts = counts.facts(train.rows, evaluation.rows, held_out.unused)
-        readable_rows = counts.rows - counts.bad
-        facts["quarantined"] = quarantine.settle(readable_rows, data.max_bad_fraction)
+        facts["quarantined"] = quarantine.settle(counts.rows - counts.bad)
     if train.rows == 0:
         raise DataError(f"no row is left to train on: {facts}")
     return facts

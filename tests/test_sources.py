@@ -600,6 +600,25 @@ def test_a_hub_data_set_is_loaded_at_its_commit(tmp_path, hub, monkeypatch):
     assert asked == {"path": "org/known", "name": "en", "split": "test", "revision": "1" * 40}
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_what_a_key_names_is_loaded_wherever_the_branch_is_now(tmp_path, hub, monkeypatch, several):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append(options["revision"])
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    parts = [{"source": "org/known"}, {"source": "org/known", "revision": "other"}]
+    data = DataSpec.model_validate({"sources": parts} if several else parts[0])
+    identity = identify(data)
+    hub["main"] = "3" * 40
+    load(data, tmp_path, identity)
+    assert asked == (["1" * 40, "2" * 40] if several else ["1" * 40])
+
+
 def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
