@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ditty.errors import DataError
+from ditty.errors import DataError, RowError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,8 +69,9 @@ class ChatEncoder:
         would never be given such a prompt.
 
         Raises:
-            DataError: the template refuses a conversation, does not show where the assistant's
-                turns are, or ends them with no special token.
+            RowError: the template refuses a conversation.
+            DataError: it does not show where the assistant's turns are, or ends them with no
+                special token.
         """
         import numpy as np
 
@@ -214,9 +215,8 @@ class ChatEncoder:
                     render([chat], tokenize=False, add_generation_prompt=prompt)
                 except Exception as error:  # templates are programs: anything can come out of one
                     roles = ", ".join(message["role"] for message in chat)
-                    raise DataError(
-                        f"row {row}: the chat template refuses the roles ({roles}): {error}"
-                    ) from error
+                    reason = "the chat template refuses the conversation"
+                    raise RowError(row, reason, f"({roles}): {error}") from error
             raise
 
     def _check(self, chats: Sequence[list[Message]], ids: "list[np.ndarray]") -> None:

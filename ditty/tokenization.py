@@ -16,7 +16,7 @@ from ditty import tables
 from ditty.chat import ChatEncoder, Encoded, encode_texts
 from ditty.choices import DataFormat, LossOn, Overlong
 from ditty.dataspec import DataSpec
-from ditty.errors import DataError
+from ditty.errors import DataError, RowError
 from ditty.files import canonical_json
 from ditty.quarantine import BadRow, Quarantine
 from ditty.sources import DATA
@@ -147,10 +147,24 @@ def _encode_good(
     bad = {index: p for index, row in enumerate(rows) if (p := row_problem(row, columns))}
     # Encoders number rows in their errors: in the place of a bad one they get an empty one.
     empty: Row = {name: [] if name == "messages" else "" for name in columns}
-    encoded = encode([empty if i in bad else row for i, row in enumerate(rows)], first)
-    for index, problem in bad.items():
+    given = [empty if index in bad else row for index, row in enumerate(rows)]
+    try:
+        encoded = encode(given, first)
+    except RowError:  # which of them: one by one
+        refused = {i: p for i, row in enumerate(given) if (p := _refusal(row, first + i, encode))}
+        bad |= refused
+        encoded = encode([empty if i in bad else row for i, row in enumerate(rows)], first)
+    for index, problem in sorted(bad.items()):
         quarantine.add(first + index, problem)
     return [None if index in bad else row for index, row in enumerate(encoded)]
+
+
+def _refusal(row: Row, number: int, encode: Encoder) -> BadRow | None:
+    try:
+        encode([row], number)
+    except RowError as error:
+        return BadRow(error.reason, row, error.detail)
+    return None
 
 
 def row_problem(row: Row, columns: dict[str, str]) -> BadRow | None:
