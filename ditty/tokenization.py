@@ -17,9 +17,9 @@ from ditty.choices import Overlong
 from ditty.columns import empty_row, find_columns, row_problem
 from ditty.dataspec import DataSpec
 from ditty.encoding import IGNORED, Encoder, Row, make_encoder, without_null
-from ditty.errors import DataError
+from ditty.errors import DataError, RowError
 from ditty.files import canonical_json
-from ditty.quarantine import Quarantine
+from ditty.quarantine import BadRow, Quarantine
 from ditty.sources import DATA
 
 if TYPE_CHECKING:
@@ -120,10 +120,24 @@ def _encode_good(
     bad = {index: p for index, row in enumerate(rows) if (p := row_problem(row, columns))}
     # Encoders number rows in their errors: in the place of a bad one they get an empty one.
     empty = empty_row(columns)
-    encoded = encode([empty if i in bad else row for i, row in enumerate(rows)], first)
-    for index, problem in bad.items():
+    given = [empty if index in bad else row for index, row in enumerate(rows)]
+    try:
+        encoded = encode(given, first)
+    except RowError:  # which of them: one by one
+        refused = {i: p for i, row in enumerate(given) if (p := _refusal(row, first + i, encode))}
+        bad |= refused
+        encoded = encode([empty if i in bad else row for i, row in enumerate(rows)], first)
+    for index, problem in sorted(bad.items()):
         quarantine.add(first + index, problem)
     return [None if index in bad else row for index, row in enumerate(encoded)]
+
+
+def _refusal(row: Row, number: int, encode: Encoder) -> BadRow | None:
+    try:
+        encode([row], number)
+    except RowError as error:
+        return BadRow(error.reason, row, error.detail)
+    return None
 
 
 def row_fraction(row: Row) -> float:
