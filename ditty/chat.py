@@ -90,17 +90,17 @@ class ChatEncoder:
 
         nothing = Encoded(np.empty(0, np.int32), np.empty(0, bool), "empty")
         encoded = [nothing] * len(chats)
-        for way, marked in ((self._encode_marked, True), (self._encode_plain, False)):
-            places = [i for i, c in enumerate(chats) if c.messages and self._marks(c) is marked]
-            if places:
-                numbers = [first_row + i for i in places]
-                for place, row in zip(
-                    places, way([chats[i] for i in places], numbers), strict=True
-                ):
-                    encoded[place] = row
+        for tools in (False, True):
+            places = [i for i, c in enumerate(chats) if c.messages and bool(c.tools) is tools]
+            if not places:
+                continue
+            part, numbers = [chats[i] for i in places], [first_row + i for i in places]
+            encode = self._encode_marked if self._is_marked(part[0]) else self._encode_plain
+            for place, row in zip(places, encode(part, numbers), strict=True):
+                encoded[place] = row
         return encoded
 
-    def _marks(self, chat: Chat) -> bool:
+    def _is_marked(self, chat: Chat) -> bool:
         """Whether marks tell the assistant's part; some tokenizers have a template for tools."""
         template = self._tokenizer.get_chat_template(tools=chat.tools)
         return self._assistant_only and GENERATION_MARK.search(template) is not None
