@@ -186,7 +186,7 @@ def check_isolation(forward: torch.nn.Module, model: PreTrainedModel, device: to
         raise ModelError(
             f"{type(model).__name__} mixes the documents of a packed row with model.attention: "
             f"{model.config._attn_implementation}: the text of one changes the logits of another "
-            f"by {change:.1e}. Set data.packing: false and train.micro_batch_size: 1, or use "
+            f"by {change:.1e}. Set data.packing: none and train.micro_batch_size: 1, or use "
             "another model"
         )
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ditty.errors import DataError
+from ditty.errors import DataError, RowError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,8 +82,9 @@ class ChatEncoder:
         would never be given such a prompt.
 
         Raises:
-            DataError: the template refuses a conversation, ignores its tools, does not show where
-                the assistant's turns are, or ends them with no special token.
+            RowError: the template refuses a conversation.
+            DataError: it ignores its tools, does not show where the assistant's turns are, or ends
+                them with no special token.
         """
         import numpy as np
 
@@ -250,9 +251,8 @@ class ChatEncoder:
                     render([chat.messages], chat.tools)
                 except Exception as error:  # templates are programs: anything can come out of one
                     roles = ", ".join(message["role"] for message in chat.messages)
-                    raise DataError(
-                        f"row {row}: the chat template refuses the roles ({roles}): {error}"
-                    ) from error
+                    reason = "the chat template refuses the conversation"
+                    raise RowError(row, reason, f"({roles}): {error}") from error
             raise
 
     def _check(self, chats: Sequence[Chat], ids: "list[np.ndarray]") -> None:

@@ -8,6 +8,17 @@ class OperationMethod(StrEnum):
 
     FILTER = "filter"
     MAP = "map"
+    SELECT = "select"
+    CAST_COLUMN = "cast_column"
+    FLATTEN = "flatten"
+    REMOVE_COLUMNS = "remove_columns"
+    RENAME_COLUMN = "rename_column"
+    RENAME_COLUMNS = "rename_columns"
+    SELECT_COLUMNS = "select_columns"
+    SHUFFLE = "shuffle"
+    SKIP = "skip"
+    SORT = "sort"
+    TAKE = "take"
 
 
 class DataFormat(StrEnum):
@@ -43,6 +54,18 @@ class Overlong(StrEnum):
     TRUNCATE = "truncate"
     DROP = "drop"
     ERROR = "error"
+
+
+class Packing(StrEnum):
+    """How short rows share one.
+
+    `best_fit`: each where it leaves the least room, among those of a window of 4M tokens.
+    `next_fit`: in the order of the rows, a new one where the next does not fit. `none`: one each.
+    """
+
+    BEST_FIT = "best_fit"
+    NEXT_FIT = "next_fit"
+    NONE = "none"
 
 
 class Adapter(StrEnum):

@@ -152,7 +152,7 @@ class _Walk:
                 continue
             if name is None:
                 raise DataError(f"{label}: import a module of your own at the top of the file")
-            value = _attribute(importlib.import_module(target), name, f"{label}.{name}")
+            value = _attribute(_imported(target, label), name, f"{label}.{name}")
             found[f"{target}:{name}"] = self.value(value, f"{label}.{name}")
         return found
 
@@ -251,6 +251,13 @@ def _attribute(module: types.ModuleType, name: str, where: str) -> Any:
             return importlib.import_module(f"{module.__name__}.{name}")
         except ImportError:
             raise DataError(f"{where} does not exist") from error
+
+
+def _imported(name: str, where: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(f"{where} cannot be imported: {error}. Is it installed?") from error
 
 
 def _named(module: str, name: str | None) -> Any:

@@ -5,12 +5,13 @@ Every value that passes `row_problem` can be encoded; see ditty.encoding.
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ditty.choices import DataFormat, LossOn
 from ditty.dataspec import SHAPES, DataSpec
 from ditty.errors import DataError, shown
+from ditty.quarantine import BadRow
 
 SPEAKERS = {
     "human": "user",
@@ -63,13 +64,20 @@ def _advice(asked: DataFormat, name: str, standard: str, present: Sequence[str])
     return f"{hint}Set data.columns: {{{standard}: <its name>}}, or another data.format"
 
 
-def row_problem(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+def row_problem(row: Mapping[str, Any], columns: Mapping[str, str]) -> BadRow | None:
     """What the format cannot read in a row of standard names; None: nothing."""
     for standard, value in row.items():
         found = _CHECKS.get(standard, _text_problem)(value)
         if found:
-            return f"column {columns[standard]!r} {found}"
+            return BadRow(f"column {columns[standard]!r} {found.reason}", row, found.detail)
     return None
+
+
+def empty_row(columns: Iterable[str]) -> dict[str, Any]:
+    """A row of standard names that every encoder takes, for nothing."""
+    optional = {name for shape in SHAPES.values() for name in shape.optional}
+    lists = ("messages", "conversations", "input_ids")
+    return {name: None if name in optional else [] if name in lists else "" for name in columns}
 
 
 def tool_list(value: Any) -> list[dict[str, Any]] | None:
@@ -77,82 +85,103 @@ def tool_list(value: Any) -> list[dict[str, Any]] | None:
     return (json.loads(value) if isinstance(value, str) and value else value) or None
 
 
-def _text_problem(value: Any) -> str | None:
-    return None if isinstance(value, str) else f"holds {shown(value)}, expected a string"
+class _Problem(NamedTuple):
+    """`reason`: in words that many rows share, since rows are counted by it."""
+
+    reason: str
+    detail: str = ""
 
 
-def _input_problem(value: Any) -> str | None:
+def _holds(value: Any, expected: str) -> _Problem:
+    if value is None:
+        return _Problem("is null")
+    return _Problem(f"holds {type(value).__name__}, {expected}", shown(value))
+
+
+def _text_problem(value: Any) -> _Problem | None:
+    return None if isinstance(value, str) else _holds(value, "expected a string")
+
+
+def _input_problem(value: Any) -> _Problem | None:
     return None if value is None else _text_problem(value)
 
 
-def _messages_problem(value: Any) -> str | None:
+def _messages_problem(value: Any) -> _Problem | None:
     found = _turns_problem(value, ("role", "content"))
     if found and _are_turns(value, ("from", "value")):
-        return f"{found}. Turns of {{from, value}} are data.format: conversations"
+        hint = f"{found.reason}. Turns of {{from, value}} are data.format: conversations"
+        return found._replace(reason=hint)
     return found
 
 
-def _conversations_problem(value: Any) -> str | None:
+def _conversations_problem(value: Any) -> _Problem | None:
     found = _turns_problem(value, ("from", "value"))
     if found and _are_turns(value, ("role", "content")):
-        return (
-            f"{found}. Turns of {{role, content}} are data.format: messages, with data.columns: "
-            "{messages: <this column>}"
+        return found._replace(
+            reason=f"{found.reason}. Turns of {{role, content}} are data.format: messages, with "
+            "data.columns: {messages: <this column>}"
         )
     if found:
         return found
     for turn, message in enumerate(value):
         if message["from"] not in SPEAKERS:
-            return (
-                f"has a speaker {message['from']!r} at turn {turn}, expected one of "
-                f"{', '.join(SPEAKERS)}: rename it with a `map` operation"
+            return _Problem(
+                f"has a speaker that is not one of {', '.join(SPEAKERS)}: rename it with a `map` "
+                "operation",
+                f"{message['from']!r} at turn {turn}",
             )
     return None
 
 
-def _turns_problem(value: Any, keys: tuple[str, str]) -> str | None:
+def _turns_problem(value: Any, keys: tuple[str, str]) -> _Problem | None:
     speaker, said = keys
     expected = f"expected a list of {{{speaker}, {said}}}"
     if not isinstance(value, list):
-        return f"holds {shown(value)}, {expected}"
+        return _holds(value, expected)
     for turn, message in enumerate(value):
         if not isinstance(message, dict) or not {speaker, said} <= message.keys():
-            return f"has {shown(message)} at turn {turn}, {expected}"
+            return _Problem(f"has a turn of another kind, {expected}", _turn(message, turn))
         for key in keys:
             # A turn that only calls tools has no content.
             if message[key] is None and key == said and message.get("tool_calls"):
                 continue
             if not isinstance(message[key], str):
-                return f"has a {key} of {shown(message[key])} at turn {turn}, expected a string"
+                kind = "null" if message[key] is None else type(message[key]).__name__
+                reason = f"has a turn whose {key} is {kind}, expected a string"
+                return _Problem(reason, _turn(message[key], turn))
     return None
+
+
+def _turn(value: Any, turn: int) -> str:
+    return f"{shown(value)} at turn {turn}"
 
 
 def _are_turns(value: Any, keys: tuple[str, str]) -> bool:
     return isinstance(value, list) and _turns_problem(value, keys) is None
 
 
-def _tools_problem(value: Any) -> str | None:
+def _tools_problem(value: Any) -> _Problem | None:
     expected = "expected a list of JSON schemas, or that as JSON text"
     try:
         tools = tool_list(value)
     except ValueError as error:
-        return f"holds {shown(value)}, {expected}: {error}"
+        return _Problem(f"holds text that is no JSON, {expected}", str(error))
     if tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         return None
-    return f"holds {shown(tools)}, {expected}"
+    return _holds(tools, expected)
 
 
-def _ids_problem(value: Any) -> str | None:
+def _ids_problem(value: Any) -> _Problem | None:
     if isinstance(value, list) and all(type(item) is int for item in value):
         return None
-    return f"holds {shown(value)}, expected a list of integers"
+    return _holds(value, "expected a list of integers")
 
 
-def _optional_ids_problem(value: Any) -> str | None:
+def _optional_ids_problem(value: Any) -> _Problem | None:
     return None if value is None else _ids_problem(value)
 
 
-_CHECKS: dict[str, Callable[[Any], str | None]] = {
+_CHECKS: dict[str, Callable[[Any], _Problem | None]] = {
     "messages": _messages_problem,
     "conversations": _conversations_problem,
     "tools": _tools_problem,

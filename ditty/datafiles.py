@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from ditty.errors import DataError
+from ditty.quarantine import Describe
 
 TEXT = (".jsonl", ".json", ".txt")
 COLUMNAR = (".csv", ".parquet")
@@ -97,6 +98,22 @@ def one_format(files: Sequence[DataFile], named: str) -> list[DataFile]:
             f"{named.rstrip('/')}/*{formats[0]} for example"
         )
     return list(files)
+
+
+def describe_in(files: Sequence[DataFile], words: Sequence[str]) -> Describe:
+    """How a position (index of the file, number) is told without names: `file 2, line 7`.
+
+    Args:
+        words: what numbers count in each file.
+    """
+    several = len(files) > 1
+    return lambda at: f"file {at[0] + 1}, " * several + f"{words[at[0]]} {at[1]}"
+
+
+def tell_in(files: Sequence[DataFile], words: Sequence[str], source: str) -> Describe:
+    """The same with names, where those are not `source`: `part-2.jsonl, line 7`."""
+    named = [file.name != source for file in files]
+    return lambda at: f"{files[at[0]].name}, " * named[at[0]] + f"{words[at[0]]} {at[1]}"
 
 
 def nearest(path: Path) -> str:

@@ -1,11 +1,20 @@
 """The data part of the spec, and what every part of it has in common."""
 
+import difflib
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ditty.choices import DataFormat, LossOn, OperationMethod, Overlong, StoppingStrategy
+from ditty.choices import (
+    DataFormat,
+    LossOn,
+    OperationMethod,
+    Overlong,
+    Packing,
+    StoppingStrategy,
+)
 
 
 class Shape(NamedTuple):
@@ -53,19 +62,68 @@ class Section(BaseModel):
     )
 
 
+# What a method without a function must be given and may be given, by `datasets`' own names.
+_ARGUMENTS: dict[OperationMethod, tuple[set[str], set[str]]] = {
+    OperationMethod.CAST_COLUMN: ({"column", "feature"}, set()),
+    OperationMethod.FLATTEN: (set(), {"max_depth"}),
+    OperationMethod.REMOVE_COLUMNS: ({"column_names"}, set()),
+    OperationMethod.RENAME_COLUMN: ({"original_column_name", "new_column_name"}, set()),
+    OperationMethod.RENAME_COLUMNS: ({"column_mapping"}, set()),
+    OperationMethod.SELECT_COLUMNS: ({"column_names"}, set()),
+    OperationMethod.SHUFFLE: ({"seed"}, set()),
+    OperationMethod.SKIP: ({"n"}, set()),
+    OperationMethod.SORT: ({"column_names"}, {"reverse", "null_placement"}),
+    OperationMethod.TAKE: ({"n"}, set()),
+}
+
+
 class Operation(Section):
     """One row operation; a cached stage of its own."""
 
     method: OperationMethod
-    """`filter` keeps rows for which the function is true, `map` replaces or extends them."""
-    function: str
+    """`filter` keeps rows for which the function is true, `map` replaces or extends them, `select`
+    keeps those whose numbers the function returns, given all rows. The others take no function,
+    but `kwargs`: what the method of `datasets.Dataset` takes."""
+    function: str | None = None
     """`module:name`, or `file.py:name` relative to the spec."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments passed to the function after the row."""
+    """Keyword arguments, passed to the function after the row, or to the method."""
     batched: bool = False
-    """Pass a dict of columns of up to 1,000 rows instead of one row."""
+    """Pass a dict of columns of up to 1,000 rows instead of one row (`filter`, `map`)."""
     remove_columns: list[str] = Field(default_factory=list)
     """Columns that `map` drops."""
+
+    @model_validator(mode="after")
+    def _arguments_fit_method(self) -> "Operation":
+        arguments = _ARGUMENTS.get(self.method)
+        if arguments is None and self.function is None:
+            raise ValueError(f"method: {self.method} needs function: module:name or file.py:name")
+        if arguments is not None and self.function is not None:
+            raise ValueError(f"method: {self.method} takes no function, but kwargs")
+        if self.batched and self.method not in (OperationMethod.FILTER, OperationMethod.MAP):
+            raise ValueError(f"batched goes with filter and map, not with method: {self.method}")
+        if self.remove_columns and self.method is not OperationMethod.MAP:
+            raise ValueError(f"remove_columns goes with map, not with method: {self.method}")
+        if arguments is not None:
+            self._check_kwargs(*arguments)
+        return self
+
+    def _check_kwargs(self, needed: set[str], optional: set[str]) -> None:
+        known = sorted(needed | optional)
+        for name in self.kwargs.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(known)}"
+            raise ValueError(f"method: {self.method} has no argument {name!r}: {hint}")
+        if missing := sorted(needed - self.kwargs.keys()):
+            raise ValueError(f"method: {self.method} needs kwargs: {', '.join(missing)}")
+
+    def describe(self) -> str:
+        """What people read, e.g. `filter ops.py:is_clean` or `rename_column q, prompt`."""
+        if self.function is None:
+            text = f"{self.method} {', '.join(map(str, self.kwargs.values()))}".rstrip()
+            return text if len(text) <= 60 else f"{text[:57]}..."
+        absolute = self.function.startswith("/")
+        return f"{self.method} {Path(self.function).name if absolute else self.function}"
 
 
 class SourceSpec(Section):
@@ -127,14 +185,24 @@ class DataSpec(Section):
     """Tokens in a row, at most."""
     overlong: Overlong = Overlong.TRUNCATE
     """What happens to a row of more than `seq_len` tokens."""
-    packing: bool = True
+    packing: Packing = Packing.BEST_FIT
     """Put several short rows into one, attention kept inside each."""
     eval_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of rows held out, chosen by a hash of the row."""
     eval_max_rows: int | None = Field(default=None, ge=1)
     """Hold out at most this many rows; the rest of the held-out rows is not used at all."""
+    max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+    """A stage sets rows aside that cannot be used (broken JSON, another type, null where the format
+    needs a value), and fails if they are more than this share of those it has read."""
     num_proc: int = Field(default=1, ge=1)
     """Processes for the row operations; does not change the result."""
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _packing_was_a_switch(cls, value: Any) -> Any:
+        """Finished runs and deployments keep specs of before."""
+        old = {True: Packing.BEST_FIT, False: Packing.NONE}
+        return old[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _one_way_in(self) -> "DataSpec":

@@ -11,7 +11,7 @@ from ditty.chat import Chat, ChatEncoder, Encoded, encode_texts
 from ditty.choices import DataFormat, LossOn
 from ditty.columns import SPEAKERS, tool_list
 from ditty.dataspec import DataSpec
-from ditty.errors import DataError
+from ditty.errors import RowError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +39,8 @@ def make_encoder(data: DataSpec, tokenizer: Any) -> Encoder:
     """What encodes rows of `data.format`: (rows that `row_problem` passes, the first's number).
 
     Raises:
-        DataError: the tokenizer has no chat template. The encoder itself raises one, with the
-            row's number, for what the template or the vocabulary does not take.
+        DataError: the tokenizer has no chat template. The encoder itself raises a RowError for
+            what the template or the vocabulary does not take.
     """
     if data.format in (DataFormat.MESSAGES, DataFormat.CONVERSATIONS):
         chat = ChatEncoder(tokenizer, assistant_only=data.supervised is LossOn.ASSISTANT)
@@ -119,23 +119,24 @@ def _encode_tokens(row: Row, number: int, vocabulary: int, data: DataSpec) -> En
         real = np.flatnonzero(mask)
         span = slice(real[0], real[-1] + 1) if len(real) else slice(0, 0)
         if not mask[span].all():
-            raise DataError(
-                f"row {number}: attention_mask has a 0 between its 1s, expected padding at the "
-                "ends only"
-            )
+            reason = "attention_mask has a 0 between its 1s, expected padding at the ends only"
+            raise RowError(number, reason, f"at {int(np.flatnonzero(~mask[span].astype(bool))[0])}")
         ids, labels = ids[span], None if labels is None else labels[span]
     if len(wrong := np.flatnonzero((ids < 0) | (ids >= vocabulary))):
-        raise DataError(
-            f"row {number}: input_ids has {ids[wrong[0]]}, expected 0 to {vocabulary - 1}, the "
-            "vocabulary of the base model's tokenizer: tokenize the rows with that one"
+        raise RowError(
+            number,
+            f"input_ids are not all 0 to {vocabulary - 1}, the vocabulary of the base model's "
+            "tokenizer: tokenize the rows with that one",
+            f"has {ids[wrong[0]]}",
         )
     supervised = np.ones(len(ids), dtype=bool)
     if data.supervised is LossOn.LABELS and labels is not None:
         supervised = labels != IGNORED
         if len(wrong := np.flatnonzero(supervised & (labels != ids))):
-            raise DataError(
-                f"row {number}: labels has {labels[wrong[0]]} where input_ids has "
-                f"{ids[wrong[0]]}, expected the same (labels are not shifted) or {IGNORED}"
+            raise RowError(
+                number,
+                f"labels are not those of input_ids (they are not shifted) or {IGNORED}",
+                f"has {labels[wrong[0]]} where input_ids has {ids[wrong[0]]}",
             )
     return Encoded(ids.astype(np.int32), supervised, None if len(ids) else "empty")
 
@@ -148,8 +149,10 @@ def _beside(row: Row, name: str, number: int) -> "np.ndarray | None":
     if values is None:
         return None
     if len(values) != len(row["input_ids"]):
-        raise DataError(
-            f"row {number}: {name} has {len(values)} values for {len(row['input_ids'])} input_ids"
+        raise RowError(
+            number,
+            f"{name} has not as many values as input_ids",
+            f"{len(values)} for {len(row['input_ids'])}",
         )
     return np.array(values, np.int64)
 

@@ -38,6 +38,19 @@ class DataError(DittyError):
     """A source, column, row or template cannot be used."""
 
 
+class RowError(DataError):
+    """One row cannot be used; the others may.
+
+    Attributes:
+        reason: in words that many rows share.
+        detail: what is particular to this row.
+    """
+
+    def __init__(self, row: int, reason: str, detail: str):
+        super().__init__(f"row {row}: {reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
 class ModelError(DittyError):
     """A base model is unknown, unreadable or does not fit the spec."""
 

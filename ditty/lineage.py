@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ditty.artifacts import MADE_BY, MANIFEST, Manifest, Store, read_manifest
+from ditty.choices import OperationMethod
 from ditty.errors import RunError
 from ditty.remote import Remote
 
 # The key of an input -> the stages whose key it may be; tokenize reads rows of any of the first.
 INPUTS = {
-    "rows": ("map", "filter", "load"),
+    "rows": (*OperationMethod, "load"),
     "tokens": ("tokenize",),
     "data": ("pack",),
     "model": ("prequantize", "fetch"),

@@ -1,4 +1,4 @@
-"""Row operations: a user's function over a table, through `datasets`, without its caches.
+"""Row operations: methods of `datasets.Dataset` over a table, without its caches.
 
 Its fingerprints are not used (see `functions.digest`), and its cache files live in a temporary
 directory: the stage's own artifact is the cache.
@@ -6,6 +6,7 @@ directory: the stage's own artifact is the cache.
 
 import contextlib
 import difflib
+import operator
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,26 +30,85 @@ def apply(operation: Operation, source: Path, out: Path, num_proc: int) -> dict[
 
     Raises:
         DataError: the function cannot be found, raises (names the row), or returns what the
-            method cannot use; a column to remove is missing; or no row is left.
+            method cannot use; the method refuses its arguments, a column is missing; or no row is
+            left.
     """
     import datasets
 
     before = datasets.Dataset.from_file(str(source / DATA))
-    label = f"operation {operation.method} {operation.function}"
-    _check_removed(operation, before.column_names, label)
+    label = f"operation {operation.describe()}"
     with (
         functions.importable(),
         tempfile.TemporaryDirectory(prefix=".ditty-", dir=out) as scratch,
         _quiet(),
     ):
-        call = _Call(functions.resolve(operation.function), operation, label)
-        after = _run(before, operation, call, Path(scratch), num_proc)
+        after = _run(before, operation, label, Path(scratch), num_proc)
         schema = after.features.arrow_schema.remove_metadata()
         batches = after.with_format("arrow").iter(batch_size=tables.BATCH_ROWS)
         rows = tables.write(out / DATA, batches, schema)
     if rows == 0:
         raise DataError(f"{label} leaves none of {before.num_rows} rows")
     return {"rows_in": before.num_rows, "rows": rows, "columns": schema.names}
+
+
+def _run(before: Any, operation: Operation, label: str, scratch: Path, num_proc: int) -> Any:
+    """The data set after the operation.
+
+    Raises:
+        DataError: what the method refuses, or the rows that came back do not fit one table.
+    """
+    try:
+        if operation.function is None:
+            return _by_name(before, operation, scratch)
+        function = functions.resolve(operation.function)
+        if operation.method is OperationMethod.SELECT:
+            numbers = _numbers(before, function, operation, label)
+            return before.select(numbers, new_fingerprint="ditty", **_order_in(scratch))
+        _check_removed(operation, before.column_names, label)
+        return _by_row(before, _Call(function, operation, label), scratch, num_proc)
+    except DataError:
+        raise
+    except (TypeError, ValueError, LookupError) as error:  # Arrow's errors are of these kinds
+        raise DataError(
+            f"{label}: {type(error).__name__}: {error}; the data has the columns "
+            f"{', '.join(before.column_names)}"
+        ) from error
+
+
+def _by_name(before: Any, operation: Operation, scratch: Path) -> Any:
+    """A method that takes no function; without a place of its own its cache is the source's."""
+    import datasets
+
+    options = dict(operation.kwargs)
+    if operation.method is OperationMethod.CAST_COLUMN:
+        features = before.features
+        features[options["column"]] = datasets.Value(options["feature"])
+        # As `cast_column` does, which takes no place for its cache.
+        place = {"cache_file_name": str(scratch / "result.arrow"), "load_from_cache_file": False}
+        return before.cast(features, **place)
+    if operation.method in (OperationMethod.SORT, OperationMethod.SHUFFLE):
+        options |= {"load_from_cache_file": False, **_order_in(scratch)}
+    return getattr(before, operation.method.value)(**options)
+
+
+def _order_in(scratch: Path) -> dict[str, str]:
+    return {"indices_cache_file_name": str(scratch / "order.arrow")}
+
+
+def _numbers(
+    before: Any, function: Callable[..., Any], operation: Operation, label: str
+) -> list[int]:
+    """The numbers of rows that the function returns."""
+    try:
+        numbers = [operator.index(number) for number in function(before, **operation.kwargs)]
+    except DittyError:
+        raise
+    except Exception as error:  # the user's code ran: anything can come out of it
+        raise DataError(f"{label} failed: {type(error).__name__}: {error}") from error
+    for number in numbers:
+        if not 0 <= number < before.num_rows:
+            raise DataError(f"{label} returned row {number}, the data has {before.num_rows} rows")
+    return numbers
 
 
 class _Call:
@@ -90,8 +150,9 @@ class _Call:
         return None
 
 
-def _run(before: Any, operation: Operation, call: _Call, scratch: Path, num_proc: int) -> Any:
+def _by_row(before: Any, call: _Call, scratch: Path, num_proc: int) -> Any:
     """`Dataset.filter` or `Dataset.map`, its caches off or in `scratch`."""
+    operation = call.operation
     options: dict[str, Any] = {
         "with_indices": True,
         "fn_kwargs": operation.kwargs,
@@ -101,15 +162,9 @@ def _run(before: Any, operation: Operation, call: _Call, scratch: Path, num_proc
         "cache_file_name": str(scratch / "result.arrow"),
         "new_fingerprint": "ditty",  # or datasets pickles the function to make one
     }
-    if operation.method is OperationMethod.MAP and operation.remove_columns:
+    if operation.remove_columns:
         options["remove_columns"] = operation.remove_columns
-    try:
-        return getattr(before, operation.method.value)(call, **options)
-    except DataError:
-        raise
-    except (TypeError, ValueError, KeyError) as error:
-        # Arrow's errors are of these kinds: the rows that came back do not fit one table.
-        raise DataError(f"{call.label}: {type(error).__name__}: {error}") from error
+    return getattr(before, operation.method.value)(call, **options)
 
 
 def _check_removed(operation: Operation, present: list[str], label: str) -> None:

@@ -77,7 +77,8 @@ def check_run(spec: RunSpec, store: Store) -> None:
 
 def spec_differences(saved: dict, now: dict) -> list[str]:
     """Keys that decide the trained weights and differ between two specs (as JSON)."""
-    harmless = {("train", key) for key in stages.HARMLESS_TRAIN_KEYS} | {("data", "num_proc")}
+    harmless = {("train", key) for key in stages.HARMLESS_TRAIN_KEYS}
+    harmless |= {("data", "num_proc"), ("data", "max_bad_fraction")}
     if not _evaluation_decides(now):
         harmless.add(("train", "eval_steps"))
     found = []

@@ -13,13 +13,13 @@ from ditty import basemodel, operations, sources, tables
 from ditty.artifacts import Store
 from ditty.chat import Encoded
 from ditty.choices import Overlong
-from ditty.columns import find_columns
+from ditty.columns import find_columns, row_problem
 from ditty.dataspec import DataSpec, SourceSpec
 from ditty.encoding import make_encoder
 from ditty.errors import DataError
 from ditty.files import make_dir
 from ditty.spec import RunSpec
-from ditty.tokenization import check_rows, load_tokenizer
+from ditty.tokenization import load_tokenizer
 
 Limited = TypeVar("Limited", DataSpec, SourceSpec)
 SOURCE_ROWS = 1000
@@ -88,7 +88,9 @@ def _first_rows(data: DataSpec, count: int) -> list[dict[str, Any]]:
         columns = find_columns(data, table.column_names)
         found = table.select(list(columns.values())).slice(0, count).to_pylist()
     rows = [dict(zip(columns, row.values(), strict=True)) for row in found]
-    check_rows(rows, columns, 0)
+    for number, row in enumerate(rows):
+        if bad := row_problem(row, columns):
+            raise DataError(f"row {number}: {bad.reason} ({bad.detail})")
     return rows
 
 

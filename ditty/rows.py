@@ -1,47 +1,54 @@
 """Rows as Python dicts -> one table: types are found over all rows, memory holds one batch."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty import tables
-from ditty.datafiles import DataFile
-from ditty.errors import DataError, shown
+from ditty.datafiles import TEXT, DataFile
+from ditty.errors import DataError
+from ditty.quarantine import BadRow, Quarantine
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Located = tuple[Any, Any]
-"""(position, row): the number of a line or of an item, for errors."""
-
-Describe = Callable[[Any], str]
-"""A position as a person would look it up: `file.jsonl, line 7`."""
+"""(position, row or `BadRow`). In files a position is (index of the file, number in it)."""
 
 
-def of_files(files: Sequence[DataFile]) -> tuple[Iterator[Located], Describe]:
-    """The rows of text files, one after the other, and how their positions are told.
+def position_words(files: Sequence[DataFile]) -> list[str]:
+    """What numbers count in each file: lines, items of a list, or rows."""
+    return [_position_word(file) for file in files]
+
+
+def _position_word(file: DataFile) -> str:
+    if file.format not in TEXT:
+        return "row"
+    return "item" if _is_json_list(file) else "line"
+
+
+def of_files(files: Sequence[DataFile], words: Sequence[str]) -> Iterator[Located]:
+    """The rows of text files, one after the other.
 
     A .txt file has a row {"text"} a line; a .jsonl file a JSON value a line that is not blank, and
     so has a .json file that does not start as a list.
 
+    Args:
+        words: see `position_words`.
     Raises:
-        DataError: from the iterator: a line is not UTF-8 or not JSON.
+        DataError: a file cannot be read as a whole.
     """
-    words = ["item" if _is_json_list(file) else "line" for file in files]
-
-    def rows() -> Iterator[Located]:
-        for index, file in enumerate(files):
-            for number, row in _rows_of(file, words[index]):
-                yield (index, number), row
-
-    return rows(), lambda at: f"{files[at[0]].name}, {words[at[0]]} {at[1]}"
+    for index, file in enumerate(files):
+        for number, row in _rows_of(file, words[index]):
+            yield (index, number), row
 
 
 def _rows_of(file: DataFile, word: str) -> Iterator[Located]:
     if file.format == ".txt":
-        return ((number, {"text": text}) for number, text in text_lines(file))
+        return ((n, {"text": t} if isinstance(t, str) else t) for n, t in text_lines(file))
     return _json_items(file) if word == "item" else _json_lines(file)
 
 
@@ -56,32 +63,28 @@ def _is_json_list(file: DataFile) -> bool:
         raise DataError(_damaged(file, error)) from error
 
 
-def text_lines(file: DataFile) -> Iterator[tuple[int, str]]:
+def text_lines(file: DataFile) -> Iterator[tuple[int, str | BadRow]]:
     """(line number from 1, text without its end) of a UTF-8 file.
 
     Raises:
-        DataError: a line is not UTF-8 (names the line, the byte and its value), or a compressed
-            file is damaged.
+        DataError: a compressed file is damaged.
     """
     number = 0
     try:
         with file.open() as stream:
             for number, raw in enumerate(stream, 1):
                 line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                yield number, _decoded(line, file, number).rstrip("\r\n")
+                yield number, _decoded(line.rstrip(b"\r\n"))
     except OSError as error:
         raise DataError(f"{_damaged(file, error)}, after line {number}") from error
 
 
-def _decoded(line: bytes, file: DataFile, number: int) -> str:
+def _decoded(line: bytes) -> str | BadRow:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file.name}, line {number}: byte {error.start + 1} of the line is "
-            f"0x{line[error.start]:02x}, which is not UTF-8: convert the file "
-            "(iconv -f latin1 -t utf-8) or drop the line"
-        ) from error
+        detail = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
+        return BadRow("not UTF-8", line.decode("utf-8", "replace"), detail)
 
 
 def _damaged(file: DataFile, error: OSError) -> str:
@@ -89,20 +92,33 @@ def _damaged(file: DataFile, error: OSError) -> str:
 
 
 def _json_lines(file: DataFile) -> Iterator[Located]:
+    """The JSON value on each line that is not blank."""
     for number, text in text_lines(file):
-        if not text.strip():
-            continue
-        try:
-            yield number, json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{file.name}, line {number} is not JSON: {error}") from error
+        if isinstance(text, BadRow):
+            yield number, text
+        elif text.strip():
+            try:
+                yield number, json.loads(text)
+            except ValueError as error:
+                yield number, BadRow("not JSON", text, str(error))
 
 
 def _json_items(file: DataFile) -> Iterator[Located]:
-    """The items of a JSON list, which is read as a whole."""
-    text = "\n".join(line for _, line in text_lines(file))
+    """The items of a JSON list, which is read as a whole.
+
+    Raises:
+        DataError: not UTF-8, not JSON (with the line), or not a list.
+    """
+    lines = []
+    for number, line in text_lines(file):
+        if isinstance(line, BadRow):
+            raise DataError(
+                f"{file.name}, line {number}: {line.detail} of the line, which is not UTF-8: "
+                "convert the file (iconv -f latin1 -t utf-8)"
+            )
+        lines.append(line)
     try:
-        value = json.loads(text)
+        value = json.loads("\n".join(lines))
     except ValueError as error:
         raise DataError(f"{file.name} is not JSON: {error}") from error
     if not isinstance(value, list):
@@ -110,79 +126,124 @@ def _json_items(file: DataFile) -> Iterator[Located]:
     yield from enumerate(value)
 
 
-def write_rows(rows: Iterable[Located], path: Path, describe: Describe) -> "pa.Schema":
+def write_rows(rows: Iterable[Located], path: Path, quarantine: Quarantine) -> "pa.Schema":
     """Write dict rows to the table at `path`; a missing value is null.
 
     A column's type is the one that holds all its values: integers and floats make floats, objects
-    with different keys make one object with all keys. Nothing else is converted.
-
-    Raises:
-        DataError: a row is no dict, or a column mixes types; `describe` says where.
+    with different keys make one object with all keys. Nothing else is converted: a row with
+    another type goes to the quarantine, and so does one that is no dict or has no columns. What
+    the type is, the rows before have said; where there are none, most of the first batch.
     """
     import pyarrow as pa
 
     spool = path.with_name(f".{path.name}.spool")
-    schemas: list[pa.Schema] = []
+    schema, count = pa.schema([]), 0
     try:
         with pa.OSFile(str(spool), "wb") as sink:
             iterator = iter(rows)
             while batch := list(islice(iterator, tables.BATCH_ROWS)):
-                table = _table(batch, describe)
-                known = schemas[-1] if schemas else None
-                schemas.append(tables.merged(known, table.schema, describe(batch[0][0])))
-                with pa.ipc.new_stream(sink, table.schema) as stream:
-                    stream.write_table(table)
-        schema = schemas[-1] if schemas else pa.schema([])
-        tables.write(path, _conform(spool, len(schemas), schema), schema)
+                table = _good_rows(batch, schema, quarantine)
+                if table.num_rows:
+                    schema, count = tables.unified(schema, table.schema), count + 1
+                    with pa.ipc.new_stream(sink, table.schema) as stream:
+                        stream.write_table(table)
+        tables.write(path, _conform(spool, count, schema), schema)
     finally:
         spool.unlink(missing_ok=True)
     return schema
 
 
-def _table(batch: list[Located], describe: Describe) -> "pa.Table":
+def _good_rows(batch: list[Located], known: "pa.Schema", quarantine: Quarantine) -> "pa.Table":
+    """A batch as a table that goes with the columns `known` so far; the rest is set aside."""
     import pyarrow as pa
 
-    for position, row in batch:
-        if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
-            raise DataError(
-                f"{describe(position)} holds {shown(row)}, expected an object with named columns"
-            )
+    quarantine.read += len(batch)
+    bad = {p: row for p, row in ((p, _unusable(row)) for p, row in batch) if row is not None}
+    good = [(p, row) for p, row in batch if p not in bad]
+    try:
+        table = _table(good)
+        tables.unified(known, table.schema)
+    except _unfit():
+        bad |= _misfits(good, known)
+        good = [(p, row) for p, row in good if p not in bad]
+        try:
+            table = _table(good)
+        except _unfit() as error:
+            raise DataError(f"from {quarantine.where(batch[0][0])} on: {error}") from error
+    for position in sorted(bad):
+        quarantine.add(position, bad[position])
+    return table if good else pa.table({})
+
+
+def _unusable(row: Any) -> BadRow | None:
+    if isinstance(row, BadRow):
+        return row
+    if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
+        return BadRow(f"{type(row).__name__}, expected an object with named columns", row)
+    return None if row else BadRow("no columns", row)
+
+
+def _table(batch: list[Located]) -> "pa.Table":
+    import pyarrow as pa
+
     names = dict.fromkeys(name for _, row in batch for name in row)
-    if not names:
-        raise DataError(f"{describe(batch[0][0])} has no columns")
-    columns = {}
-    for name in names:
-        try:
-            columns[name] = pa.array([row.get(name) for _, row in batch])
-        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-            raise DataError(_blame(name, batch, describe, error)) from error
-    return pa.table(columns)
+    return pa.table({name: pa.array([row.get(name) for _, row in batch]) for name in names})
 
 
-def _blame(name: str, batch: list[Located], describe: Describe, error: Exception) -> str:
-    """Which two values of a column do not go together, or which one cannot be stored."""
+def _misfits(batch: list[Located], known: "pa.Schema") -> dict[Any, BadRow]:
+    """By position, the rows with a value that cannot be stored, or of another type than most."""
+    bad: dict[Any, BadRow] = {}
+    for name in dict.fromkeys(name for _, row in batch for name in row):
+        found: dict[Any, pa.DataType] = {}
+        for position, row in batch:
+            if row.get(name) is not None and position not in bad:
+                try:
+                    found[position] = _type(row[name])
+                except _unfit() as error:
+                    bad[position] = BadRow(f"column {name!r} cannot be stored", row, str(error))
+        rows = dict(batch)
+        expected = _expected(known, name, found)
+        for position, got in found.items():
+            try:
+                expected = _unified(expected, got)
+            except _unfit():
+                kind = type(rows[position][name]).__name__
+                reason = f"column {name!r} holds {kind}, expected {_short(expected)}"
+                bad[position] = BadRow(reason, rows[position])
+    return bad
+
+
+def _expected(known: "pa.Schema", name: str, found: "dict[Any, pa.DataType]") -> "pa.DataType":
+    """What the rows before have in a column; where that is nothing, what most rows here have."""
     import pyarrow as pa
 
-    first: Located | None = None
-    for position, row in batch:
-        value = row.get(name)
-        if value is None:
-            continue
-        try:
-            pa.array([value])
-        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as own:
-            return f"{describe(position)}: column {name!r} holds {shown(value)}: {own}"
-        if first is None:
-            first = position, value
-            continue
-        try:
-            pa.array([first[1], value])
-        except (pa.ArrowException, OverflowError):
-            return (
-                f"column {name!r} mixes types: {shown(first[1])} at {describe(first[0])} and "
-                f"{shown(value)} at {describe(position)}"
-            )
-    return f"column {name!r} from {describe(batch[0][0])} on: {error}"
+    before = known.field(name).type if name in known.names else pa.null()
+    commonest = Counter(found.values()).most_common(1)
+    return commonest[0][0] if before == pa.null() and commonest else before
+
+
+def _unfit() -> tuple[type[Exception], ...]:
+    """What Arrow raises for values that do not go into one column."""
+    import pyarrow as pa
+
+    return pa.ArrowException, OverflowError, UnicodeEncodeError
+
+
+def _type(value: Any) -> "pa.DataType":
+    import pyarrow as pa
+
+    return pa.array([value]).type
+
+
+def _unified(one: "pa.DataType", other: "pa.DataType") -> "pa.DataType":
+    import pyarrow as pa
+
+    return tables.unified(pa.schema([("x", one)]), pa.schema([("x", other)])).field("x").type
+
+
+def _short(kind: "pa.DataType") -> str:
+    text = str(kind)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _conform(spool: Path, count: int, schema: "pa.Schema") -> "Iterator[pa.Table]":

@@ -2,6 +2,7 @@
 
 runs/<name>/
   spec.json                      written once a run; no secrets
+  data.md                        what became of the rows, for people
   stages/<stage>/<attempt>/      job.json, launch.json, accelerate.yaml, log.txt, heartbeat/,
                                  result.json, or crashed.json where there is none
   metrics.jsonl                  append-only; the last record of a step wins
@@ -69,6 +70,7 @@ class RunDir:
         self.spec_file = root / "spec.json"
         self.metrics_file = root / "metrics.jsonl"
         self.samples_file = root / "samples.jsonl"
+        self.data_file = root / "data.md"
         self.trained_file = root / "trained.json"
         self.stop_file = root / "stop"
         self.flow_lock = root / "flow"

@@ -6,7 +6,7 @@
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from ditty.datafiles import DataFile
 from ditty.dataspec import COLUMNS, DataSpec, SourceSpec
 from ditty.errors import DataError
 from ditty.files import canonical_json, make_dir, read_json, sha256_bytes, sha256_file
+from ditty.quarantine import Describe, Quarantine, row_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,66 +75,120 @@ def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
 def load(data: DataSpec, out: Path, identity: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write the rows to `out/data.arrow`.
 
+    A row that cannot be used goes to `out/quarantine.jsonl`, see `quarantine`.
+
     Args:
         identity: what `identify` said: of the hub, that commit is loaded, wherever a branch has
             moved since, and files elsewhere must still be the same.
     Returns:
-        {"rows": their number, "columns": their names}
+        read (rows of the source, at most max_rows), rows (those in the table), quarantined (reason
+        -> rows), columns (their names).
 
     Raises:
-        DataError: no rows, a line or row that cannot be read (says which), a row that is no dict,
-            a column of mixed types, or a function that failed.
+        DataError: no rows, a file that cannot be read as a whole, a function that failed, or more
+            bad rows than `data.max_bad_fraction` allows (says which and why).
     """
     text_columns = _text_columns(data)
-    if data.source is not None:
-        _load(data.parts[0], text_columns, out, identity or {})
-    else:
-        with tempfile.TemporaryDirectory(prefix=".parts-", dir=out) as scratch:
-            parts = []
-            identities = identity["parts"] if identity else [{}] * len(data.sources)
-            for number, part in enumerate(data.sources):
-                folder = make_dir(Path(scratch) / str(number))
-                _load(part, text_columns, folder, identities[number])
-                parts.append(tables.read(folder / DATA))
-            schema, batches = mixing.mix(data, parts)
-            tables.write(out / DATA, _first(batches, data.max_rows), schema)
+    with Quarantine(out, data.source or "the sources", data.max_bad_fraction) as quarantine:
+        if data.source is not None:
+            kept = _load(data.parts[0], None, text_columns, out, identity or {}, quarantine)
+        else:
+            kept = _load_several(data, text_columns, out, identity, quarantine)
+        quarantined = quarantine.settle(kept)
     made = tables.read(out / DATA)
-    return {"rows": made.num_rows, "columns": made.column_names}
+    facts = {"read": quarantine.read, "rows": made.num_rows, "quarantined": quarantined}
+    return {**facts, "columns": made.column_names}
 
 
-def _load(part: SourceSpec, text_columns: list[str], out: Path, identity: dict[str, Any]) -> None:
-    """Write the rows of one source."""
+def _load_several(
+    data: DataSpec,
+    text_columns: list[str],
+    out: Path,
+    identity: dict[str, Any] | None,
+    quarantine: Quarantine,
+) -> int:
+    """Write the mixed rows of all sources; how many those had to give."""
+    identities = identity["parts"] if identity else [{}] * len(data.sources)
+    kept, parts = 0, []
+    with tempfile.TemporaryDirectory(prefix=".parts-", dir=out) as scratch:
+        for number, part in enumerate(data.sources):
+            folder = make_dir(Path(scratch) / str(number))
+            kept += _load(part, number, text_columns, folder, identities[number], quarantine)
+            parts.append(tables.read(folder / DATA))
+        schema, batches = mixing.mix(data, parts)
+        tables.write(out / DATA, columnar.first(batches, data.max_rows), schema)
+    return kept
+
+
+def _load(
+    part: SourceSpec,
+    number: int | None,
+    text_columns: list[str],
+    out: Path,
+    identity: dict[str, Any],
+    quarantine: Quarantine,
+) -> int:
+    """Write the rows of one source, of several the one of that number; how many it has."""
     kind = _kind(part.source)
-    if kind == "function":
-        with functions.importable():
-            found = islice(_generated(part.source), part.max_rows)
-            rows.write_rows(found, out / DATA, lambda n: f"{part.source}, row {n}")
-    elif kind == "files":
-        files = datafiles.find(_path(part.source))
-        _load_files(files, part.max_rows, text_columns, out)
-    elif kind == "url":
-        with tempfile.TemporaryDirectory(prefix=".fetched-", dir=out) as scratch:
-            files = remotefiles.fetch(part.source, Path(scratch), identity.get("files"))
-            _load_files(files, part.max_rows, text_columns, out)
-    else:
-        commit = identity.get("commit")
-        schema, batches = (
-            _saved_folder(part) if kind == "folder" else _hub(part, commit or hub_commit(part))
-        )
-        tables.write(out / DATA, _first(batches, part.max_rows), schema)
-    if tables.read(out / DATA).num_rows == 0:
+    with tempfile.TemporaryDirectory(prefix=".fetched-", dir=out) as scratch:
+        files = _files(part, Path(scratch), identity)
+        quarantine.reading(*_positions(part, number, files))
+        if files:
+            _load_files(files, part, text_columns, out, quarantine)
+        elif kind == "function":
+            with functions.importable():
+                yielded = islice(_generated(part.source), part.max_rows)
+                rows.write_rows(yielded, out / DATA, quarantine)
+        else:
+            commit = identity.get("commit") or hub_commit(part) if kind == "hub" else ""
+            schema, found = _hub(part, commit) if commit else _saved_folder(part)
+            batches = columnar.valid_text(columnar.first(found, part.max_rows), quarantine)
+            tables.write(out / DATA, batches, schema)
+    kept = tables.read(out / DATA).num_rows
+    if kept == 0:
+        quarantine.check()
         raise DataError(f"{part.source} has no rows")
+    return kept
+
+
+def _files(part: SourceSpec, scratch: Path, identity: dict[str, Any]) -> list[DataFile]:
+    """The files of a source, here or copied to here; empty where it is none of files."""
+    kind = _kind(part.source)
+    if kind == "url":
+        return remotefiles.fetch(part.source, scratch, identity.get("files"))
+    return datafiles.find(_path(part.source)) if kind == "files" else []
+
+
+def _positions(
+    part: SourceSpec, number: int | None, files: list[DataFile]
+) -> tuple[Describe, Describe]:
+    """How a position in a source is told, without and with names."""
+    describe: Describe = row_number
+    tell: Describe = row_number
+    if files:
+        words = rows.position_words(files)
+        describe = datafiles.describe_in(files, words)
+        tell = datafiles.tell_in(files, words, part.source)
+    if number is None:
+        return describe, tell
+    source = f"source {number + 1}"
+    return lambda at: f"{source}, {describe(at)}", lambda at: f"{part.source}, {tell(at)}"
 
 
 def _load_files(
-    files: list[DataFile], max_rows: int | None, text_columns: list[str], out: Path
+    files: list[DataFile],
+    part: SourceSpec,
+    text_columns: list[str],
+    out: Path,
+    quarantine: Quarantine,
 ) -> None:
     if files[0].format in datafiles.TEXT:
-        found, describe = rows.of_files(files)
-        rows.write_rows(islice(found, max_rows), out / DATA, describe)
+        words = rows.position_words(files)
+        found = islice(rows.of_files(files, words), part.max_rows)
+        rows.write_rows(found, out / DATA, quarantine)
     else:
-        schema, batches = columnar.of_files(files, text_columns)
-        tables.write(out / DATA, _first(batches, max_rows), schema)
+        schema, batches = columnar.of_files(files, text_columns, part.max_rows, quarantine)
+        tables.write(out / DATA, batches, schema)
 
 
 def _kind(source: str) -> str:
@@ -178,17 +233,6 @@ def _generated(source: str) -> Iterator[rows.Located]:
         raise DataError(
             f"{source} failed after {count} rows: {type(error).__name__}: {error}"
         ) from error
-
-
-def _first(batches: "Iterable[pa.Table]", count: int | None) -> "Iterator[pa.Table]":
-    for table in batches:
-        if count is None:
-            yield table
-        elif count > 0:
-            yield table.slice(0, count)
-            count -= table.num_rows
-        else:
-            return
 
 
 def _text_columns(data: DataSpec) -> list[str]:

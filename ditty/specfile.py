@@ -110,6 +110,7 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
         if isinstance(data, dict) and isinstance(data.get(several), list):
             for section in data[several]:
                 absolute(section, key)
+                absolute(section.get("kwargs") if isinstance(section, dict) else None, "file")
 
 
 def _read_template(data: Any, base: Path) -> None:

@@ -11,18 +11,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ditty import basemodel, functions, sources
-from ditty.artifacts import Manifest, Store
-from ditty.choices import Precision, Quantization
+from ditty import basemodel, functions, quarantine, sources
+from ditty.artifacts import Manifest, Store, read_manifest
+from ditty.choices import OperationMethod, Precision, Quantization
 from ditty.dataspec import Operation
+from ditty.errors import DataError
 from ditty.files import canonical_json, sha256_bytes
 from ditty.spec import RunSpec
 
-VERSIONS = {
+VERSIONS: dict[str, int] = {
     "fetch": 1,
-    "load": 1,
-    "filter": 1,
-    "map": 1,
+    "load": 2,
+    **dict.fromkeys(OperationMethod, 1),
     "tokenize": 2,
     "pack": 1,
     "prequantize": 3,
@@ -34,7 +34,7 @@ VERSIONS = {
     "export": 1,
 }
 
-DATA_STAGES = ("load", "filter", "map", "tokenize", "pack")
+DATA_STAGES = ("load", *OperationMethod, "tokenize", "pack")
 
 # Keys of `train` that leave the trained weights as they are: a rerun may change them and resume.
 # The batch keys enter as their product, so that accumulation may be traded for processes.
@@ -66,7 +66,7 @@ class StageRef:
         key: content key (64 hex digits), or "" while an input is not known yet.
         inputs: what the key is the hash of.
         title: what people read, e.g. "map ops.py:clean".
-        operation: the row operation, for `filter` and `map`.
+        operation: the row operation, where the stage is one.
     """
 
     stage: str
@@ -169,13 +169,8 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
     title = f"load {_short(data.source) if data.source else f'{len(data.sources)} sources'}"
     refs = [make_ref("load", title, {"source": sources.identify(data)})]
     for operation in data.operations:
-        inputs = {
-            "rows": refs[-1].key,
-            "function": functions.digest(functions.resolve(operation.function)),
-            "options": operation.model_dump(mode="json", exclude={"function"}),
-        }
-        title = f"{operation.method} {_short(operation.function)}"
-        refs.append(make_ref(operation.method.value, title, inputs, operation))
+        inputs = {"rows": refs[-1].key, **operation_inputs(operation)}
+        refs.append(make_ref(operation.method.value, operation.describe(), inputs, operation))
     fields = {"format", "columns", "seq_len", "overlong", "eval_fraction", "eval_max_rows"}
     inputs = {
         "rows": refs[-1].key,
@@ -186,9 +181,26 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
     if data.chat_template:
         inputs["chat_template"] = sha256_bytes(data.chat_template.encode())
     refs.append(make_ref("tokenize", "tokenize", inputs))
-    packing = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing}
-    refs.append(make_ref("pack", "pack", packing))
+    inputs = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing.value}
+    refs.append(make_ref("pack", "pack", inputs))
     return refs
+
+
+def operation_inputs(operation: Operation) -> dict[str, Any]:
+    """What an operation's result depends on beside the rows.
+
+    A function may have an attribute `identity`: called with the operation's kwargs, it says what
+    else that is (the content of a file that they name), as JSON.
+    """
+    inputs: dict[str, Any] = {"options": operation.model_dump(mode="json", exclude={"function"})}
+    if operation.function is not None:
+        function = functions.resolve(operation.function)
+        inputs["function"] = functions.digest(function)
+        if hasattr(function, "identity"):
+            inputs["depends_on"] = function.identity(**operation.kwargs)
+    elif operation.method is OperationMethod.SHUFFLE:
+        inputs["numpy"] = metadata.version("numpy")  # whose generator it is
+    return inputs
 
 
 def _short(reference: str) -> str:
@@ -282,7 +294,8 @@ def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> M
     """
     facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
     if ref.operation:
-        facts["function"] = ref.operation.function
+        if ref.operation.function:
+            facts["function"] = ref.operation.function
     elif ref.stage == "load":
         facts["source"] = ", ".join(part.source for part in spec.data.parts)
     stages = line.data()
@@ -290,6 +303,25 @@ def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> M
     source = store.path(stages[index - 1].stage, stages[index - 1].key) if index else None
     make = partial(_run_data_stage, ref, spec, line.model_dir, source)
     return store.build(ref.stage, ref.key, facts, make)
+
+
+def check_bad_rows(line: StageLine, spec: RunSpec, store: Store) -> None:
+    """The threshold is in no key: an artifact may be from when it was higher.
+
+    Raises:
+        DataError: a data stage that is made has more bad rows than `data.max_bad_fraction` allows.
+    """
+    for ref in line.data():
+        path = store.path(ref.stage, ref.key)
+        facts = read_manifest(path).facts
+        bad = sum(facts.get("quarantined", {}).values())
+        read = facts.get("read", facts["rows"])
+        if bad > spec.data.max_bad_fraction * read:
+            raise DataError(
+                f"{ref.title}: {bad:,} of {read:,} rows ({bad / read:.2%}) could not be used, "
+                f"data.max_bad_fraction allows {spec.data.max_bad_fraction:.2%}: see "
+                f"{path / quarantine.FILE}. Mend or drop these rows, or raise it"
+            )
 
 
 def _run_data_stage(

@@ -109,11 +109,18 @@ def merged(known: "pa.Schema | None", schema: "pa.Schema", where: str) -> "pa.Sc
     if known is None:
         return schema
     try:
-        return pa.unify_schemas([known, schema], promote_options="permissive")
+        return unified(known, schema)
     except pa.ArrowException as error:
         raise DataError(
             f"from {where} on, a column has another type than before: {error}"
         ) from error
+
+
+def unified(one: "pa.Schema", other: "pa.Schema") -> "pa.Schema":
+    """`merged` with Arrow's own errors."""
+    import pyarrow as pa
+
+    return pa.unify_schemas([one, other], promote_options="permissive")
 
 
 def conform(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":

@@ -1,7 +1,7 @@
 """Rows -> token ids and labels, split into training and held-out rows.
 
 Labels are not shifted; -100 marks what is not supervised. Nothing is lost without a count:
-rows = train_rows + eval_rows + eval_unused + the sum of `dropped`.
+rows = train_rows + eval_rows + eval_unused + the sums of `dropped` and `quarantined`.
 """
 
 import hashlib
@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 from ditty import tables
 from ditty.chat import Encoded
 from ditty.choices import Overlong
-from ditty.columns import find_columns, row_problem
+from ditty.columns import empty_row, find_columns, row_problem
 from ditty.dataspec import DataSpec
-from ditty.encoding import IGNORED, Row, make_encoder, without_null
-from ditty.errors import DataError
+from ditty.encoding import IGNORED, Encoder, Row, make_encoder, without_null
+from ditty.errors import DataError, RowError
 from ditty.files import canonical_json
+from ditty.quarantine import BadRow, Quarantine
 from ditty.sources import DATA
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+SHORTEST_BIN = 8
+"""Tokens; the bins of lengths are powers of two from here on."""
 TRAIN = "train.arrow"
 EVAL = "eval.arrow"
 
@@ -32,39 +35,44 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     """Turn `source/data.arrow` into `out/train.arrow` and `out/eval.arrow`.
 
     Both have the columns input_ids and labels (list<int32>), 2 to `seq_len` tokens a row, in the
-    order of the source. A row is held out by a hash of its content, so equal rows go the same way.
+    order of the source. A row that cannot be read goes to `out/quarantine.jsonl`. A row is held out
+    by a hash of its content, so equal rows go the same way.
 
     Returns:
         rows, train_rows, eval_rows, eval_unused (held out beyond eval_max_rows), dropped (reason
         -> rows: `empty`, `overlong`, `no_supervised_token`, `truncated_supervision`,
-        `split_token`), truncated (rows cut and kept), max_length (tokens of the longest row before
-        any cut), tokens and supervised_tokens of the training rows, eval_tokens and
-        eval_supervised_tokens. A row's first token is never predicted, so it never counts as
-        supervised.
+        `split_token`), quarantined (reason -> rows, see `row_problem`), truncated (rows cut and
+        kept), max_length (tokens of the longest row before any cut), lengths (power of two -> rows
+        of at most so many tokens before any cut, and more than half), tokens and supervised_tokens
+        of the training rows, eval_tokens and eval_supervised_tokens. A row's first token is never
+        predicted, so it never counts as supervised.
 
     Raises:
-        DataError: the tokenizer or a row does not fit `data.format`, or no row is left to train on.
+        DataError: the tokenizer or the columns do not fit `data.format`, more rows do not than
+            `data.max_bad_fraction` allows, or no row is left to train on.
     """
     table = tables.read(source / DATA)
     columns = find_columns(data, table.column_names)
     encode = make_encoder(data, load_tokenizer(tokenizer_dir, data.chat_template))
     counts, held_out = _Counts(), _HeldOut(data)
     with (
+        Quarantine(out, "the rows to tokenize", data.max_bad_fraction) as quarantine,
         tables.TableWriter(out / TRAIN, token_schema()) as train,
         tables.TableWriter(out / EVAL, token_schema()) as evaluation,
     ):
         for batch in table.select(list(columns.values())).to_batches(tables.BATCH_ROWS):
             rows = [dict(zip(columns, row.values(), strict=True)) for row in batch.to_pylist()]
-            check_rows(rows, columns, counts.rows)
+            readable = _encode_good(rows, columns, encode, quarantine)
             kept = []
-            for row, encoded in zip(rows, encode(rows, counts.rows), strict=True):
+            for row, encoded in zip(rows, readable, strict=True):
                 fitting = counts.fit(encoded, data)
                 if fitting is not None and not held_out.takes(counts.rows, row, fitting):
                     kept.append(fitting)
             train.write(_token_table(kept, counts.tokens))
             evaluation.write(_token_table(held_out.settled(), counts.eval_tokens))
         evaluation.write(_token_table(held_out.rest(), counts.eval_tokens))
-    facts = counts.facts(train.rows, evaluation.rows, held_out.unused)
+        facts = counts.facts(train.rows, evaluation.rows, held_out.unused)
+        facts["quarantined"] = quarantine.settle(counts.rows - counts.bad)
     if train.rows == 0:
         raise DataError(f"no row is left to train on: {facts}")
     return facts
@@ -103,11 +111,33 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
-def check_rows(rows: Sequence[Row], columns: dict[str, str], first_row: int) -> None:
-    """Raise a DataError at the first value of another type than the format reads."""
-    for number, row in enumerate(rows, first_row):
-        if problem := row_problem(row, columns):
-            raise DataError(f"row {number}: {problem}")
+def _encode_good(
+    rows: Sequence[Row], columns: dict[str, str], encode: Encoder, quarantine: Quarantine
+) -> list[Encoded | None]:
+    """The rows as tokens; None: it is in the quarantine."""
+    first = quarantine.read
+    quarantine.read += len(rows)
+    bad = {index: p for index, row in enumerate(rows) if (p := row_problem(row, columns))}
+    # Encoders number rows in their errors: in the place of a bad one they get an empty one.
+    empty = empty_row(columns)
+    given = [empty if index in bad else row for index, row in enumerate(rows)]
+    try:
+        encoded = encode(given, first)
+    except RowError:  # which of them: one by one
+        refused = {i: p for i, row in enumerate(given) if (p := _refusal(row, first + i, encode))}
+        bad |= refused
+        encoded = encode([empty if i in bad else row for i, row in enumerate(rows)], first)
+    for index, problem in sorted(bad.items()):
+        quarantine.add(first + index, problem)
+    return [None if index in bad else row for index, row in enumerate(encoded)]
+
+
+def _refusal(row: Row, number: int, encode: Encoder) -> BadRow | None:
+    try:
+        encode([row], number)
+    except RowError as error:
+        return BadRow(error.reason, row, error.detail)
+    return None
 
 
 def row_fraction(row: Row) -> float:
@@ -140,17 +170,28 @@ class _Counts:
     """What became of the rows so far."""
 
     rows: int = 0
+    bad: int = 0
     truncated: int = 0
     max_length: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     eval_tokens: Counter[str] = field(default_factory=Counter)
 
-    def fit(self, row: Encoded, data: DataSpec) -> Encoded | None:
-        """The row as it is used, at most `seq_len` tokens; None: dropped, and counted."""
-        number, length = self.rows, len(row.ids)
+    def fit(self, row: Encoded | None, data: DataSpec) -> Encoded | None:
+        """The row as it is used, at most `seq_len` tokens; None: dropped, and counted.
+
+        Args:
+            row: None: it is in the quarantine.
+        """
+        number = self.rows
         self.rows += 1
+        if row is None:
+            self.bad += 1
+            return None
+        length = len(row.ids)
         self.max_length = max(self.max_length, length)
+        self.lengths[max(SHORTEST_BIN, 1 << (length - 1).bit_length())] += 1
         problem = row.problem or (None if _has_target(row) else "no_supervised_token")
         if problem is None and length > data.seq_len:
             if data.overlong is Overlong.ERROR:
@@ -173,7 +214,8 @@ class _Counts:
     def facts(self, train_rows: int, eval_rows: int, eval_unused: int) -> dict[str, Any]:
         """The counts as `tokenize` returns them."""
         used = train_rows + eval_rows + eval_unused
-        assert self.rows == used + self.dropped.total(), (self, used)
+        assert self.rows == used + self.dropped.total() + self.bad, (self, used)
+        assert self.rows == self.lengths.total() + self.bad, self
         return {
             "rows": self.rows,
             "train_rows": train_rows,
@@ -182,6 +224,7 @@ class _Counts:
             "dropped": dict(sorted(self.dropped.items())),
             "truncated": self.truncated,
             "max_length": self.max_length,
+            "lengths": {str(upto): self.lengths[upto] for upto in sorted(self.lengths)},
             "tokens": self.tokens["tokens"],
             "supervised_tokens": self.tokens["supervised"],
             "eval_tokens": self.eval_tokens["tokens"],

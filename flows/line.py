@@ -12,7 +12,7 @@ from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from ditty.stages import StageLine
 from flows import tasks
-from flows.publish import publish_lineage
+from flows.publish import publish_data, publish_lineage
 from flows.tasks import Caller
 from flows.training import Work
 
@@ -76,6 +76,8 @@ def prepare(call: Caller, line: StageLine) -> Prepared:
     line = fetched(call, line)
     preflight.check_model(spec, line)
     done = [call.cached(tasks.make_data, ref, line, spec, store) for ref in line.data()]
+    stages.check_bad_rows(line, spec, store)
+    publish_data(line, spec.name, store)
     model_dir, quantized = base_model(call, line)
     pack = line.need("pack")
     work = Work(spec, store, model_dir, store.path(pack.stage, pack.key))

@@ -24,19 +24,15 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext
 
 from ditty.artifacts import Store
+from ditty.files import make_dir, write_atomic
 from ditty.lineage import lineage
 from ditty.rundir import RunDir
+from ditty.stages import StageLine
 from flows.costs import StageBook
+from flows.datareport import data_facts, data_markdown, made_stages
+from flows.markup import code, escape
 from flows.mirror import Logger
-from flows.report import (
-    History,
-    artifact_key,
-    code,
-    data_facts,
-    escape,
-    lineage_link,
-    markdown,
-)
+from flows.report import History, artifact_key, lineage_link, markdown
 from flows.views import lineage_markdown
 
 log = logging.getLogger(__name__)
@@ -134,6 +130,22 @@ def publish_stages(book: StageBook, name: str) -> None:
         if book.trained:
             about += f". {lineage_link(book.trained)}"
         within(TABLE_SECONDS, lambda: create_table_artifact(book.rows(), key, about))
+
+
+def publish_data(line: StageLine, name: str, store: Store) -> None:
+    """What became of the rows, on the run's page and as a file in its directory."""
+    made = made_stages(line, store)
+    run = RunDir.named(name, store.home)
+    make_dir(run.root)
+    write_atomic(run.data_file, data_markdown(name, made, picture=False).encode())
+    key = artifact_key("data", name)
+
+    def act() -> None:
+        create_markdown_artifact(
+            data_markdown(name, made, picture=True), key, "what became of the rows"
+        )
+
+    within(TABLE_SECONDS, act)
 
 
 def publish_lineage(result: Path, name: str, store: Store) -> None:

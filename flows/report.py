@@ -4,9 +4,7 @@
 gives at most MAX_BYTES, since each part of it has a bound of its own.
 """
 
-import base64
 import hashlib
-import io
 import math
 import re
 import statistics
@@ -15,15 +13,13 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unicodedata import category
 
-from ditty.artifacts import read_manifest
-from ditty.errors import ArtifactDamaged
 from ditty.rundir import RunDir
 from ditty.tail import RecordTail
 from ditty.timeleft import RECENT_STEPS, duration, seconds_left
+from flows.datareport import data_section
+from flows.markup import LONGEST_LINE, clean, code, embedded, escape, fenced, png, shorten, table
 
 if TYPE_CHECKING:  # matplotlib costs a second; the flow imports this module and may draw nothing
     from matplotlib.axes import Axes
@@ -33,8 +29,6 @@ PICTURE_BYTES = 100_000  # a third more in base64
 POINTS = (800, 200, 50)  # of a curve; fewer where the picture gets too large
 INCHES, DPI = (9.0, 6.0), 100
 MAX_SAMPLES = 4
-LONGEST_TEXT = 800  # characters of a prompt or completion: at most 4 bytes each
-LONGEST_LINE = 300
 
 CURVES = ("loss", "learning_rate", "tokens_per_second", "memory_bytes", "seconds")
 
@@ -118,24 +112,6 @@ class History:
         return new
 
 
-def data_facts(pack_dir: Path | None) -> dict[str, dict[str, Any]]:
-    """{"tokenize": facts, "pack": facts} as far as the manifests are there.
-
-    Args:
-        pack_dir: the artifact of `pack`, in a store.
-    """
-    if pack_dir is None:
-        return {}
-    found: dict[str, dict[str, Any]] = {}
-    try:
-        found["pack"] = read_manifest(pack_dir).facts
-        tokens = found["pack"].get("inputs", {}).get("tokens", "")
-        found["tokenize"] = read_manifest(pack_dir.parent.parent / "tokenize" / tokens).facts
-    except ArtifactDamaged:
-        pass  # the report then says less
-    return found
-
-
 def markdown(
     history: History,
     data: dict[str, dict[str, Any]],
@@ -145,7 +121,7 @@ def markdown(
     """The report, at most MAX_BYTES of UTF-8.
 
     Args:
-        data: see `data_facts`.
+        data: facts by stage, see `datareport.data_facts`.
         state: what the run is doing, or how it ended.
         upload_url: where checkpoints and the result are copied to.
     """
@@ -155,7 +131,7 @@ def markdown(
         _picture_section(history),
         _numbers_section(history),
         _samples_section(history.samples),
-        _data_section(data),
+        _data_section(history.run.root.name, data),
         _places_section(run, upload_url),
         "## Resume\n\n"
         "The same name resumes from the newest checkpoint: run the same spec again "
@@ -184,7 +160,7 @@ def _picture_section(history: History) -> str:
     image = picture(history)
     if image is None:
         return f"(No picture: it would have more than {PICTURE_BYTES:,} bytes.)"
-    return f"![loss](data:image/png;base64,{base64.b64encode(image).decode()})"
+    return embedded("loss", image)
 
 
 def _numbers_section(history: History) -> str:
@@ -201,7 +177,7 @@ def _numbers_section(history: History) -> str:
         "tokens a second": _format(statistics.median(recent) if recent else None, ",.0f"),
         "peak memory of a process": _format(max(memory) / 2**30 if memory else None, ".2f", "GiB"),
     }
-    return _table({name: value for name, value in rows.items() if value})
+    return table({name: value for name, value in rows.items() if value})
 
 
 def _format(value: float | None, how: str, unit: str = "") -> str:
@@ -218,27 +194,10 @@ def _samples_section(samples: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _data_section(data: dict[str, dict[str, Any]]) -> str:
-    rows: dict[str, str] = {}
-    tokens, pack = data.get("tokenize", {}), data.get("pack", {})
-    for title, facts, name in (
-        ("rows", tokens, "rows"),
-        ("rows to train on", tokens, "train_rows"),
-        ("rows held out", tokens, "eval_rows"),
-        ("tokens", tokens, "tokens"),
-        ("supervised tokens", tokens, "supervised_tokens"),
-        ("rows cut at seq_len", tokens, "truncated"),
-        ("packed rows", pack, "rows"),
-        ("packed rows held out", pack, "eval_rows"),
-    ):
-        if isinstance(facts.get(name), int):
-            rows[title] = f"{facts[name]:,}"
-    if isinstance(pack.get("fill_rate"), float):
-        rows["filled with tokens"] = f"{pack['fill_rate']:.1%}"
-    dropped = tokens.get("dropped") or {}
-    for reason, count in sorted(dropped.items())[:20]:
-        rows[f"dropped: {escape(clean(reason, 80))}"] = f"{count:,}"
-    return f"## Data\n\n{_table(rows)}" if rows else ""
+def _data_section(name: str, data: dict[str, dict[str, Any]]) -> str:
+    section = data_section(data)
+    link = f"[what became of the rows](/v2/artifacts/key/{artifact_key('data', name)})"
+    return f"{section}\n\n{link}" if section else ""
 
 
 def _places_section(run: RunDir, upload_url: str | None) -> str:
@@ -254,11 +213,6 @@ def _places_section(run: RunDir, upload_url: str | None) -> str:
     return "## Checkpoints\n\n" + "\n".join(lines)
 
 
-def _table(rows: dict[str, str]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "| --- | ---: |", *lines]) if rows else ""
-
-
 def picture(history: History) -> bytes | None:
     """A PNG of the curves, at most PICTURE_BYTES; None where even few points do not fit."""
     for points in POINTS:
@@ -269,12 +223,9 @@ def picture(history: History) -> bytes | None:
 
 
 def _draw(history: History, points: int) -> bytes:
-    # Never pyplot: its state is global, and this is a thread of a flow.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     beside = below.twinx()
     _line(above, history.train, "loss", points, color="tab:blue", label="loss")
@@ -288,9 +239,7 @@ def _draw(history: History, points: int) -> bytes:
     below.set_ylabel("learning rate", color="tab:green")
     beside.set_ylabel("tokens/s", color="tab:gray")
     beside.set_ylim(bottom=0)
-    out = io.BytesIO()
-    canvas.print_png(out)
-    return out.getvalue()
+    return png(figure)
 
 
 def _line(axes: "Axes", curve: Curve, name: str, points: int, **style: Any) -> None:
@@ -314,45 +263,6 @@ def thin(steps: Sequence[int], values: Sequence[float], points: int) -> tuple[An
     means = np.divide(total, count, out=np.full(len(starts), np.nan), where=count > 0)
     lengths = np.diff(np.append(starts, len(x)))
     return np.add.reduceat(x, starts) / lengths, means
-
-
-def clean(text: str, longest: int) -> str:
-    """One line of at most `longest` characters that every database and browser takes."""
-    return shorten(" ".join(text.split()), longest)
-
-
-def shorten(text: str, longest: int = LONGEST_TEXT) -> str:
-    """At most `longest` characters: the middle goes; no control characters, no lone surrogates."""
-    if len(text) > longest:
-        half = (longest - 3) // 2
-        text = f"{text[:half]} … {text[-half:]}"
-    text = text.encode("utf-8", "replace").decode()
-    text = text.replace("\r\n", "\n")
-    return "".join(
-        c if c in "\n\t" or category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-
-
-def escape(text: str) -> str:
-    """Plain text for a paragraph or a cell: no markup of markdown or HTML works in it."""
-    return re.sub(r"([\\`*_{}\[\]()<>#!|~&])", r"\\\1", text)
-
-
-def code(text: str) -> str:
-    """Text as inline code, whatever it holds."""
-    line = clean(text, LONGEST_LINE)
-    ticks = "`" * (_longest_run(line) + 1)
-    return f"{ticks} {line} {ticks}" if "`" in line else f"{ticks}{line}{ticks}"
-
-
-def fenced(text: str) -> str:
-    """Text as a block in which nothing is markup."""
-    fence = "`" * max(3, _longest_run(text) + 1)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
 def lineage_link(name: str) -> str:

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from ditty.lineage import Node
-from flows.report import code, fenced
+from flows.markup import code, fenced
 
 SHORT = 12  # digits of a hash that people compare
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from ditty import preflight, stages
-from ditty.artifacts import Store
+from ditty.artifacts import Store, read_manifest
 from ditty.errors import DataError, ModelError, RemoteError, RunMismatch, SpecError, StoreError
 from ditty.files import locked, make_dir, write_json
 from ditty.plan import make_plan
+from ditty.preflight import spec_differences
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from tests.tiny import make_model_folder, make_tokenizer, tiny_config
@@ -130,6 +131,28 @@ def test_rows_that_cannot_be_used(tmp_path, no_process, rows, changes, message):
     with pytest.raises(DataError) as error:
         prepare(make_spec(tmp_path, rows, **changes))
     assert message in str(error.value)
+
+
+def test_a_few_bad_rows_are_kept_beside_the_good_ones(tmp_path, no_process):
+    lines = [json.dumps(row) for row in GOOD_ROWS * 10]
+    lines[6] = '{"messages":'
+    lines[7] = '{"messages": null}'
+    rows = "\n".join(lines)
+    facts = prepare(make_spec(tmp_path, rows))
+    line = stages.resolve(make_spec(tmp_path, rows), Store())
+    for stage, position in (("load", "line 7"), ("tokenize", "row 6")):
+        assert sum(facts[stage]["quarantined"].values()) == 1
+        folder = Store().path(stage, line.need(stage).key)
+        assert "quarantine.jsonl" in read_manifest(folder).files
+        assert f'"position": "{position}"' in (folder / "quarantine.jsonl").read_text()
+    other = make_spec(tmp_path, rows, data__max_bad_fraction=0.5)
+    assert [p.state for p in make_plan(other, Store()).stages][:3] == ["cached"] * 3
+    stages.check_bad_rows(line, other, Store())
+    strict = make_spec(tmp_path, rows, data__max_bad_fraction=0.001)
+    with pytest.raises(DataError, match=r"load rows.jsonl: 1 of 200 rows \(0.50%\).*quarantine"):
+        stages.check_bad_rows(line, strict, Store())
+    first = make_spec(tmp_path, rows)
+    assert not spec_differences(first.model_dump(mode="json"), other.model_dump(mode="json"))
 
 
 def test_unknown_source_and_model(tmp_path, no_process):

@@ -100,7 +100,7 @@ def test_a_tokenizer_without_a_template_names_the_key(tmp_path):
 
 def test_a_template_with_a_mistake_is_refused(tmp_path):
     spec = make_spec(tmp_path, data__chat_template="{% for m in messages %}")
-    with pytest.raises(DataError, match="row 0: the chat template refuses .*endfor"):
+    with pytest.raises(DataError, match="x the chat template refuses .*endfor"):
         prepare(spec)
 
 

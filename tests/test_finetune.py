@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from ditty import stages
 from ditty.artifacts import Store, verify
-from ditty.errors import RunError
+from ditty.errors import DataError, RunError
 from ditty.files import read_json
 from ditty.rundir import RunDir, Status, read_result
 from ditty.spec import RunSpec
@@ -72,6 +73,7 @@ def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) 
     }
     log = (run.attempts("train")[1] / "log.txt").read_text()
     assert f"training from step {saved} to {STEPS}" in log
+    assert "| load rows.jsonl |" in run.data_file.read_text()
     assert json.loads(run.spec_file.read_text()) == spec.model_dump(mode="json")
 
     again = states(RunSpec.model_validate(spec.model_dump()))
@@ -104,6 +106,30 @@ def test_a_stop_meant_for_an_earlier_run_is_forgotten(
     with pytest.raises(RunError, match="far enough"):
         finetune(spec.model_dump())  # as a deployment calls it
     assert not Store(home).path("train", "").exists()
+
+
+def test_made_rows_are_held_to_the_threshold_of_now(spec: RunSpec, prefect_api: str) -> None:
+    rows = Path(spec.data.source)
+    rows.write_text(rows.read_text() + '{"text":\n')
+    with pytest.raises(DataError, match=r"rows.jsonl: 1 of .* x not JSON, at line"):
+        finetune(with_threshold(spec, 0.0))
+    prepare_only(with_threshold(spec, 0.5))
+    with pytest.raises(DataError, match=r"load rows.jsonl: 1 of .* rows .*/quarantine.jsonl"):
+        finetune(with_threshold(spec, 0.0))
+
+
+def with_threshold(spec: RunSpec, fraction: float) -> RunSpec:
+    return spec.model_copy(
+        update={"data": spec.data.model_copy(update={"max_bad_fraction": fraction})}
+    )
+
+
+def prepare_only(spec: RunSpec) -> None:
+    """The data stages, without a flow."""
+    store = Store()
+    line = stages.resolve(spec, store)
+    for ref in line.data():
+        stages.build_data(ref, line, spec, store)
 
 
 def test_a_cancel_without_a_runner_ends_as_cancelled(

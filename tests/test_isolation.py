@@ -52,7 +52,7 @@ def test_a_model_that_mixes_documents_is_refused(name, tmp_path):
     folder = make_model_folder(tmp_path / "model", config)
     model = load(folder, attention)
     assert difference_from_alone(model, folder) > 1e-4, "this one does not mix them"
-    with pytest.raises(ModelError, match="mixes the documents .* data.packing: false"):
+    with pytest.raises(ModelError, match="mixes the documents .* data.packing: none"):
         check_isolation(model, model, CPU)
 
 

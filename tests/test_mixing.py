@@ -50,6 +50,28 @@ def mixture(files: dict[str, str], weights: dict[str, float | None], **keys: Any
     return DataSpec.model_validate({"sources": sources, "format": "text", **keys})
 
 
+@pytest.mark.parametrize("weights", [{"a": 3, "b": 1}, {"a": None, "b": None}])
+def test_bad_rows_of_each_source_are_told_and_not_mixed(tmp_path, files, weights):
+    good = loaded(tmp_path, mixture(files, weights, seed=1))
+    for name, line in (("a", 3), ("b", 10)):
+        path = Path(files[name])
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[: line - 1], "{", *lines[line - 1 :]]))
+    data, out = mixture(files, weights, seed=1), tmp_path / "out"
+    facts = load(data, out)
+    assert tables.read(out / "data.arrow").to_pylist() == good
+    told = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["position"] for line in told] == ["source 1, line 3", "source 2, line 10"]
+    assert (facts["read"], facts["quarantined"]) == (1700 + 900 + 2, {"not JSON": 2})
+    assert facts["rows"] == len(good)
+    strict = mixture(files, weights, max_bad_fraction=0.0)
+    with pytest.raises(DataError, match=r"the sources: 2 of 2,602 .*/a.jsonl, line 3, .*/b.jsonl,"):
+        load(strict, out)
+    Path(files["b"]).write_text("{\n{")
+    with pytest.raises(DataError, match="b.jsonl has no rows"):
+        load(data, out)
+
+
 @pytest.mark.parametrize("until", ["first_exhausted", "all_exhausted"])
 @pytest.mark.parametrize(
     ("weights", "seed"),

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -8,9 +9,12 @@ import pyarrow as pa
 import pytest
 
 from ditty import tables
+from ditty.choices import OperationMethod
 from ditty.dataspec import Operation
 from ditty.errors import DataError
+from ditty.files import canonical_json
 from ditty.operations import apply
+from ditty.stages import operation_inputs
 
 ROWS = [{"text": "x" * (i % 10), "n": i} for i in range(2_500)]
 
@@ -54,6 +58,15 @@ OPS = """
 
     def never(row):
         return False
+
+    def backwards(rows, step=1):
+        return range(rows.num_rows - 1, -1, -step)
+
+    def none(rows):
+        return []
+
+    def beyond(rows):
+        return [0, rows.num_rows]
 """
 
 
@@ -72,9 +85,11 @@ def applied(place, method, name, num_proc=1, **options):
     """Facts, rows and bytes of the result."""
     out = place / "out"
     out.mkdir(exist_ok=True)
-    operation = Operation(method=method, function=f"rowops:{name}", **options)
+    function = f"rowops:{name}" if name else None
+    operation = Operation(method=method, function=function, **options)
     facts = apply(operation, place / "source", out, num_proc)
-    assert [p.name for p in out.iterdir()] == ["data.arrow"], "no temporary file stays"
+    for folder in (out, place / "source"):
+        assert [p.name for p in folder.iterdir()] == ["data.arrow"], "no temporary file stays"
     path = out / "data.arrow"
     return facts, tables.read(path).to_pylist(), path.read_bytes()
 
@@ -111,6 +126,57 @@ def test_more_processes_make_the_same_bytes(place, method, name, options):
     assert applied(place, method, name, num_proc=2, **options) == one
 
 
+NESTED = [
+    {"text": "x" * (i % 7), "n": None if i % 500 == 9 else (i * 37) % 100, "m": {"a": i}}
+    for i in range(2_500)
+]
+BY_NAME = [
+    ("cast_column", {"column": "n", "feature": "string"}),
+    ("flatten", {}),
+    ("remove_columns", {"column_names": ["text", "m"]}),
+    ("rename_column", {"original_column_name": "text", "new_column_name": "body"}),
+    ("rename_columns", {"column_mapping": {"text": "a", "n": "b"}}),
+    ("select_columns", {"column_names": "n"}),
+    ("shuffle", {"seed": 3}),
+    ("skip", {"n": 7}),
+    ("sort", {"column_names": ["text", "n"], "reverse": [True, False]}),
+    ("sort", {"column_names": "n", "null_placement": "at_start"}),
+    ("take", {"n": 7}),
+]
+
+
+@pytest.mark.parametrize(("method", "kwargs"), BY_NAME)
+def test_a_method_by_name_is_that_of_datasets(place, method, kwargs):
+    import datasets
+
+    table = pa.Table.from_pylist(NESTED)
+    tables.write(place / "source" / "data.arrow", [table], table.schema)
+    plain = dict(kwargs)
+    if method == "cast_column":
+        plain["feature"] = datasets.Value(plain["feature"])
+    expected = getattr(datasets.Dataset.from_list(NESTED), method)(**plain)
+    one = applied(place, method, None, kwargs=kwargs)
+    assert one[1] == expected.to_list() != NESTED
+    assert one[0] == {
+        "rows_in": 2500,
+        "rows": len(expected),
+        "columns": expected.column_names,
+    }
+    assert applied(place, method, None, num_proc=2, kwargs=kwargs) == one
+
+
+def test_every_method_is_one_of_datasets_and_tested():
+    import datasets
+
+    assert all(callable(getattr(datasets.Dataset, method)) for method in OperationMethod)
+    assert set(OperationMethod) == {"filter", "map", "select", *(name for name, _ in BY_NAME)}
+
+
+def test_select_takes_the_rows_that_a_function_of_all_rows_names(place):
+    facts, rows, _ = applied(place, "select", "backwards", kwargs={"step": 2})
+    assert rows == ROWS[::-2] and facts["rows"] == 1250
+
+
 def test_no_cache_answers_for_an_edited_function(place):
     applied(place, "map", "double")
     ops = place / "rowops.py"
@@ -140,6 +206,25 @@ def test_no_cache_answers_for_an_edited_function(place):
             {"remove_columns": ["txt"]},
             "names 'txt', the data has text, n; did you",
         ),
+        ("select", "beyond", {}, "select rowops:beyond returned row 2500, the data has 2500 rows"),
+        ("select", "fails", {}, "select rowops:fails failed: TypeError: 'bool' object"),
+        ("select", "returns_nothing", {}, "select rowops:returns_nothing failed: TypeError"),
+        ("select", "none", {}, "select rowops:none leaves none of 2500 rows"),
+        ("sort", None, {"kwargs": {"column_names": "x"}}, "sort x: .*the data has the columns t"),
+        (
+            "rename_column",
+            None,
+            {"kwargs": {"original_column_name": "txt", "new_column_name": "n"}},
+            "rename_column txt, n: ValueError: .*; the data has the columns text, n",
+        ),
+        (
+            "cast_column",
+            None,
+            {"kwargs": {"column": "text", "feature": "int64"}},
+            "cast_column text, int64: ArrowInvalid: .*xx",
+        ),
+        ("cast_column", None, {"kwargs": {"column": "x", "feature": "int8"}}, "columns text, n"),
+        ("skip", None, {"kwargs": {"n": 2500}}, "skip 2500: IndexError: .* 2500"),
         ("map", "dubble", {}, "rowops has no 'dubble'; did you mean double"),
     ],
 )
@@ -147,6 +232,62 @@ def test_errors_name_operation_function_and_row(place, method, name, options, me
     with pytest.raises(DataError, match=message):
         applied(place, method, name, **options)
     assert not list((place / "out").glob(".ditty-*"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "filter"}, "method: filter needs function: module:name or file.py:name"),
+        ({"method": "select"}, "method: select needs function"),
+        ({"method": "sort", "function": "a:b"}, "method: sort takes no function, but kwargs"),
+        ({"method": "shuffle"}, "method: shuffle needs kwargs: seed"),
+        ({"method": "take", "kwargs": {"m": 3}}, "method: take has no argument 'm': expected n"),
+        (
+            {"method": "sort", "kwargs": {"column_name": "a"}},
+            "no argument 'column_name': did you mean column_names?",
+        ),
+        ({"method": "sort", "batched": True}, "batched goes with filter and map, not with"),
+        ({"method": "filter", "function": "a:b", "remove_columns": ["x"]}, "goes with map"),
+    ],
+)
+def test_what_a_method_cannot_take_is_refused(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Operation.model_validate(values)
+
+
+KEYED = """
+    def keep(row, file="", at_least=0):
+        return True
+
+    keep.identity = lambda file, **_: open(file).read()
+"""
+
+
+def test_the_key_holds_all_that_an_operation_declares(place):
+    (place / "keyed.py").write_text(textwrap.dedent(KEYED))
+    (place / "a.txt").write_text("a")
+    (place / "b.txt").write_text("b")
+    by_file = {"function": "keyed.py:keep", "kwargs": {"file": "a.txt"}}
+    given = [
+        {"method": "filter", **by_file},
+        {"method": "filter", **by_file, "kwargs": {"file": "a.txt", "at_least": 2}},
+        {"method": "select", **by_file},
+        {"method": "shuffle", "kwargs": {"seed": 1}},
+        {"method": "shuffle", "kwargs": {"seed": 2}},
+        {"method": "skip", "kwargs": {"n": 1}},
+        {"method": "take", "kwargs": {"n": 1}},
+    ]
+    keys = [key_of(values) for values in given]
+    assert len(set(keys)) == len(keys) and keys == [key_of(values) for values in given]
+    (place / "a.txt").write_text("edited")
+    assert [a == b for a, b in zip(keys, map(key_of, given), strict=True)] == [False] * 3 + [
+        True
+    ] * 4
+
+
+def key_of(values):
+    operation = Operation.model_validate(values)
+    return canonical_json(operation_inputs(operation))
 
 
 def test_the_original_error_is_the_cause(place):

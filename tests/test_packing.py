@@ -8,7 +8,7 @@ import pytest
 from ditty import tables
 from ditty.dataspec import DataSpec
 from ditty.errors import DataError
-from ditty.packing import Document, pack, pack_tables, single
+from ditty.packing import Document, best_fit, next_fit, one_each, pack_tables
 
 
 def documents(lengths, seed=0):
@@ -31,12 +31,12 @@ def unpacked(rows):
     return found
 
 
-@pytest.mark.parametrize("packer", [pack, single])
+@pytest.mark.parametrize("packer", [best_fit, next_fit, one_each])
 @pytest.mark.parametrize("window_tokens", [1, 100, 1 << 22])
 def test_every_document_comes_out_once_and_whole(packer, window_tokens):
     rng = random.Random(1)
     given = documents([rng.randint(1, 64) for _ in range(500)])
-    options = {"window_tokens": window_tokens} if packer is pack else {}
+    options = {"window_tokens": window_tokens} if packer is best_fit else {}
     rows = list(packer(given, seq_len=64, **options))
     assert all(len(row.input_ids) <= 64 for row in rows)
     found = sorted((ids.tolist(), labels.tolist()) for ids, labels in unpacked(rows))
@@ -44,7 +44,7 @@ def test_every_document_comes_out_once_and_whole(packer, window_tokens):
 
 
 def test_no_label_is_predicted_from_another_document():
-    rows = list(pack(documents([3, 4, 2, 5]), seq_len=8))
+    rows = list(best_fit(documents([3, 4, 2, 5]), seq_len=8))
     for row in rows:
         starts = np.cumsum(row.lengths) - row.lengths
         assert (row.labels[starts] == -100).all()
@@ -67,15 +67,40 @@ def test_rows_are_few():
     rng = random.Random(2)
     for _ in range(20):
         lengths = [rng.randint(1, 10) for _ in range(6)]
-        rows = len(list(pack(documents(lengths), seq_len=10)))
+        rows = len(list(best_fit(documents(lengths), seq_len=10)))
         assert rows <= 11 / 9 * fewest_rows(lengths, 10) + 6 / 9, lengths
 
 
 def test_best_fit_fills_what_next_fit_leaves_empty():
-    assert [row.lengths.tolist() for row in pack(documents([6, 6, 4, 4]), seq_len=10)] == [
+    assert [row.lengths.tolist() for row in best_fit(documents([6, 6, 4, 4]), seq_len=10)] == [
         [6, 4],
         [6, 4],
     ]
+
+
+def next_fit_lengths(lengths, seq_len):
+    """A plain loop over lengths."""
+    rows = [[]]
+    for n in lengths:
+        if sum(rows[-1]) + n > seq_len:
+            rows.append([])
+        rows[-1].append(n)
+    return rows
+
+
+def test_next_fit_keeps_the_order_of_the_documents():
+    rng = random.Random(4)
+    lengths = [rng.randint(1, 64) for _ in range(500)]
+    rows = list(next_fit(documents(lengths), seq_len=64))
+    assert [row.lengths.tolist() for row in rows] == next_fit_lengths(lengths, 64)
+    tokens = np.concatenate([row.input_ids for row in rows])
+    assert tokens.tolist() == list(range(1, sum(lengths) + 1))
+
+
+def test_next_fit_holds_back_one_row_only():
+    taken = iter(documents([5] * 100))
+    next(next_fit(taken, seq_len=10))
+    assert len(list(taken)) == 97
 
 
 def test_windows_bound_what_is_held_back():
@@ -87,12 +112,12 @@ def test_windows_bound_what_is_held_back():
             taken += 1
             yield document
 
-    next(pack(source(), seq_len=10, window_tokens=20))
+    next(best_fit(source(), seq_len=10, window_tokens=20))
     assert taken == 4
 
 
 def test_rows_and_documents_keep_their_order():
-    rows = list(pack(documents([3, 9, 4, 2, 5]), seq_len=10))
+    rows = list(best_fit(documents([3, 9, 4, 2, 5]), seq_len=10))
     firsts = [row.input_ids[0] for row in rows]
     assert firsts == sorted(firsts)
     assert all((np.diff(row.input_ids) > 0).all() for row in rows)
@@ -106,7 +131,7 @@ def test_rows_and_documents_keep_their_order():
         (Document([1, 2], [1]), "document 1 has 2 tokens and 1 labels"),
     ],
 )
-@pytest.mark.parametrize("packer", [pack, single])
+@pytest.mark.parametrize("packer", [best_fit, next_fit, one_each])
 def test_documents_that_do_not_fit_are_refused(packer, document, message):
     with pytest.raises(DataError, match=message):
         list(packer([Document([1], [1]), document], seq_len=8))
@@ -121,7 +146,7 @@ def token_table(path, given):
     tables.write(path, [table], table.schema)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", ["best_fit", "next_fit", "none"])
 def test_pack_tables_reconciles_with_its_input(tmp_path, packing):
     import datasets
 
@@ -145,8 +170,12 @@ def test_pack_tables_reconciles_with_its_input(tmp_path, packing):
     assert facts["supervised_tokens"] == supervised
     assert facts["fill_rate"] == pytest.approx(tokens / (packed.num_rows * 64), abs=1e-4)
     assert facts["eval_documents"] == 7
-    assert (facts["rows"] == 2500) is not packing
-    assert (facts["fill_rate"] > 0.95) is packing
+    low, high = {"best_fit": (0.95, 1), "next_fit": (0.6, 0.85), "none": (0.4, 0.6)}[packing]
+    assert low < facts["fill_rate"] < high
+    if packing == "next_fit":
+        assert packed["lengths"][:] == next_fit_lengths([len(d.input_ids) for d in train], 64)
+    if packing == "none":
+        assert facts["rows"] == 2500
 
 
 def test_a_table_without_held_out_rows_is_packed_too(tmp_path):

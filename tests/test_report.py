@@ -27,20 +27,11 @@ from ditty.stages import StageRef
 from ditty.timeleft import duration
 from flows import publish, tasks, training
 from flows.costs import StageBook
+from flows.datareport import data_facts
+from flows.markup import code, escape, fenced, shorten
 from flows.progress import EventState
 from flows.publish import publish_stages, within
-from flows.report import (
-    MAX_BYTES,
-    History,
-    artifact_key,
-    code,
-    data_facts,
-    escape,
-    fenced,
-    markdown,
-    shorten,
-    thin,
-)
+from flows.report import MAX_BYTES, History, artifact_key, markdown, thin
 from flows.training import Work
 
 

@@ -32,7 +32,8 @@ def loaded(tmp_path, source, **spec):
     facts = load(DataSpec(source=str(source), **spec), out)
     assert [p.name for p in out.iterdir()] == ["data.arrow"], "no temporary file stays"
     rows = tables.read(out / "data.arrow").to_pylist()
-    assert facts == {"rows": len(rows), "columns": list(rows[0])}
+    told = {"rows": len(rows), "columns": list(rows[0])}
+    assert facts == {"read": len(rows), "quarantined": {}, **told}
     return rows
 
 
@@ -198,28 +199,30 @@ def test_a_function_says_what_else_its_rows_depend_on(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": \n', r"a.jsonl, line 2 is not JSON: "),
-        ("a.jsonl", b'{"a": 1}\n\n{"a": "\xff"}', r"a.jsonl, line 3: byte 8 .* 0xff, .*not UTF-8"),
-        ("a.jsonl", '{"a": 1}\n[1]', r"a.jsonl, line 2 holds list \[1\], expected an object"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"1 of 2 rows .* x not JSON, at line 2 \(Expect"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": "\xff"}', r"x not UTF-8, at line 3 \(byte 8 is 0xff\)"),
+        ("a.jsonl", '{"a": 1}\n[1]', r"x list, expected an object .*, at line 2 \(\[1\]\)"),
         ("a.jsonl", "\n \n", "has no rows"),
         ("a.jsonl", "", "has no rows"),
-        ("a.jsonl", "{}", "line 1 has no columns"),
+        ("a.jsonl", "{}", "x no columns, at line 1"),
         ("a.jsonl", '{"a": 1}\n{"b": 2}\n{"a": "x"}',
-         "column 'a' mixes types: int 1 at .*line 1 and str 'x' at .*line 3"),
-        ("a.jsonl", '{"a": true}\n{"a": 0}', "column 'a' mixes types: bool True"),
-        ("a.jsonl", '{"a": 1}\n' * 1000 + '{"a": "x"}', "from .*line 1001 on.* int64 vs string"),
-        ("a.jsonl", '{"a": 1}\n{"a": 99999999999999999999999}', "2: column 'a' holds int 99"),
-        ("a.jsonl", '{"a": "\\ud800"}', "line 1: column 'a' holds str .*surrogates"),
-        ("a.json", '[{"a": 1}, 2]', "a.json, item 1 holds int 2, expected an object"),
+         "x column 'a' holds str, expected int64, at line 3"),
+        ("a.jsonl", '{"a": true}\n{"a": 0}', "x column 'a' holds int, expected bool, at line 2"),
+        ("a.jsonl", '{"a": 1}\n' * 10 + '{"a": "x"}', "1 of 11 rows .9.09%.* at line 11"),
+        ("a.jsonl", '{"a": 1}\n{"a": 99999999999999999999999}',
+         r"x column 'a' cannot be stored, at line 2 \(.*"),
+        ("a.jsonl", '{"a": "\\ud800"}', "column 'a' cannot be stored, at line 1 .*surrogates"),
+        ("a.json", '[{"a": 1}, 2]', "x int, expected an object .*, at item 1"),
         ("a.json", '[{"a": 1}, \n{"a"', "a.json is not JSON: .*line 2"),
         ("a.json", "[]", "has no rows"),
         ("a.csv", "", "a.csv: Empty CSV file"),
         ("a.csv", "a,b\n", "has no rows"),
         ("a.csv", "a,a\n1,2\n", "several columns named a"),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv: .*Expected 2 columns, got 3"),
-        ("a.csv", b"a,b\n1,\xe9\n", "a.csv, line 2: byte 3 .* 0xe9"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n",
+         r"x another number of fields .*, at row 3 \(3 fields, expected 2"),
+        ("a.csv", b"a,b\n1,\xe9\n", r"x not UTF-8, at row 2 \(column 'b'"),
         ("a.parquet", "nope", "is not a parquet file"),
-        ("a.txt", b"a\n\xc3", "a.txt, line 2: byte 1"),
+        ("a.txt", b"a\n\xc3", "x not UTF-8, at line 2 .byte 1 is 0xc3"),
         ("a.xml", "<a/>", r"suffix '.xml', expected one of .jsonl"),
     ],
 )  # fmt: skip
@@ -232,12 +235,15 @@ def test_files_that_cannot_be_read_say_where(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("yield {'a': 1}\n    yield [2]", r"rows.py:rows, row 1 holds list \[2\]"),
-        ("yield {1: 2}", "row 0 holds dict"),
+        (
+            "yield {'a': 1}\n    yield [2]",
+            r"rows.py:rows: .*x list, expected an object .* at row 1 \(\[2\]",
+        ),
+        ("yield {1: 2}", "x dict, expected an object with named columns, at row 0"),
         ("yield {'a': 1}\n    1 / 0", "failed after 1 rows: ZeroDivisionError"),
         ("return 3", "failed after 0 rows: TypeError"),
         ("return []", "has no rows"),
-        ("yield {'a': object()}", "row 0: column 'a' holds object"),
+        ("yield {'a': object()}", "x column 'a' cannot be stored, at row 0"),
     ],
 )
 def test_functions_that_fail_say_where(tmp_path, body, message):

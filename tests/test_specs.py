@@ -1,5 +1,6 @@
 """The spec: what it refuses and how it says so, and every spec that ships."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ditty.dataspec import Operation
 from ditty.errors import SpecError
 from ditty.functions import resolve
 from ditty.spec import RunSpec
@@ -55,6 +57,8 @@ GOOD = "name: x\ndata: {source: rows.jsonl}\nmodel: {base_model: org/name}\n"
         ("upload.url=s3://key:secret@bucket", "is no target"),
         ("model.adapter=none", None),
         ("data.loss_on=completion", "does not go with format: messages; expected assistant or all"),
+        ("data.packing=next", "(did you mean next_fit?)"),
+        ("data.packing=none", None),
         ("data.columns={promt: x}", "columns maps ['promt']"),
         ("model.trust_remote_code=true", "pin model.revision to the commit"),
         ("train", "expected section.key=value"),
@@ -87,6 +91,13 @@ def test_missing_file():
         load_spec(Path("nowhere.yaml"))
 
 
+@pytest.mark.parametrize(("old", "new"), [("true", "best_fit"), ("false", "none")])
+def test_a_spec_from_when_packing_was_a_switch_means_what_it_did(tmp_path, old, new):
+    spec = load_spec(write(tmp_path, GOOD), [f"data.packing={old}"])
+    assert spec == load_spec(write(tmp_path, GOOD), [f"data.packing={new}"])
+    assert spec.model_dump(mode="json")["data"]["packing"] == new
+
+
 def test_overrides_are_yaml_and_numbers_in_any_notation(tmp_path):
     overrides = ["train.learning_rate=1e-4", "train.max_steps=7", "data.columns={text: body}"]
     spec = load_spec(write(tmp_path, GOOD), [*overrides, "data.format=text"])
@@ -100,13 +111,16 @@ def test_relative_paths_follow_the_file_not_the_current_directory(tmp_path, monk
     text = GOOD + ""
     text = text.replace(
         "{source: rows.jsonl}",
-        "{source: rows.jsonl, operations: [{method: filter, function: 'ops.py:keep'}]}",
+        "{source: rows.jsonl, operations: [{method: filter, function: 'ops.py:keep', "
+        "kwargs: {file: rows.jsonl, column: rows.jsonl}}]}",
     )
     path = write(tmp_path, text)
     monkeypatch.chdir("/")
     spec = load_spec(path)
     assert spec.data.source == str(tmp_path / "rows.jsonl")
     assert spec.data.operations[0].function == f"{tmp_path}/ops.py:keep"
+    kwargs = {"file": f"{tmp_path}/rows.jsonl", "column": "rows.jsonl"}
+    assert spec.data.operations[0].kwargs == kwargs
     assert spec.model.base_model == "org/name"
 
 
@@ -144,6 +158,13 @@ def readme_block(language: str, containing: str) -> str:
 def test_the_readmes_spec_is_valid():
     spec = parse_spec(yaml.safe_load(readme_block("yaml", "name: my-run")))
     assert spec.global_batch_size == 16 and spec.data.supervised == "completion"
+
+
+def test_the_readmes_ready_made_operations_exist():
+    (values,) = yaml.safe_load(readme_block("yaml", "deduplicate_near")).values()
+    for value in values:
+        operation = Operation.model_validate(value)
+        inspect.signature(resolve(operation.function)).bind("the rows", **operation.kwargs)
 
 
 def test_the_readmes_library_example_runs(tmp_path, monkeypatch):

@@ -119,8 +119,8 @@ OTHER_END = CHATML.replace(
          "row 0: .*no special token.*never stop"),
         (CHATML.replace("'<|im_end|>'", "''"), 0, "row 0: .*no special token.*never stop"),
         (MARKED.replace("'<|im_end|>'", "''"), 0, "row 0: .*no special token.*never stop"),
-        ("{{ raise_exception('alternate!') }}", 0, r"row 0: .*\(user, assistant\): alternate!"),
-        (MARKED + "{{ raise_exception('no') }}", 0, r"row 0: .*refuses the roles"),
+        ("{{ raise_exception('alternate!') }}", 0, r"row 0 \(\(user, assistant\): alternate!"),
+        (MARKED + "{{ raise_exception('no') }}", 0, r"refuses the conversation, at row 0 "),
     ],
 )  # fmt: skip
 def test_templates_that_do_not_show_the_assistant_are_refused(tmp_path, template, chat, message):
@@ -129,12 +129,16 @@ def test_templates_that_do_not_show_the_assistant_are_refused(tmp_path, template
         run_chats(tmp_path, [CHATS[chat]], folder)
 
 
-def test_a_template_error_names_its_row(tmp_path):
+def test_a_conversation_that_the_template_refuses_is_set_aside(tmp_path):
     template = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}"
     folder = train_tokenizer(tmp_path / "tokenizer", template + CHATML)
-    chats = [CHATS[0]] * 1200 + [[("user", "bad"), ("assistant", "x")]]
-    with pytest.raises(DataError, match="row 1200: "):
-        run_chats(tmp_path, chats, folder)
+    chats = [CHATS[0]] * 1200 + [[("user", "bad"), ("assistant", "x")], CHATS[1], []]
+    facts, train, _ = run_chats(tmp_path, chats, folder)
+    assert len(train) == 1201 and train[-1] == run_chats(tmp_path, CHATS[1:2], folder)[1][0]
+    assert facts["quarantined"] == {"the chat template refuses the conversation": 1}
+    assert facts["dropped"] == {"empty": 1}
+    with pytest.raises(DataError, match=r"1 of 1,203 .* at row 1200 \(\(user, assistant\): no\)"):
+        run_chats(tmp_path, chats, folder, max_bad_fraction=0)
 
 
 def test_a_turn_that_begins_inside_a_token_is_dropped_and_counted(tmp_path, chatml):
@@ -262,7 +266,7 @@ def test_rows_are_numbered_past_empty_ones(tmp_path, chatml):
     chats = [[], CHATS[0], [], [("nobody", "x"), ("assistant", "x")]]
     template = "{% for m in messages %}{% if m['role'] == 'nobody' %}{{ raise_exception('no') }}"
     folder = train_tokenizer(tmp_path / "t", template + "{% endif %}{% endfor %}" + CHATML)
-    with pytest.raises(DataError, match="row 3: "):
+    with pytest.raises(DataError, match=r"at row 3 \(\(nobody, assistant\)"):
         run_chats(tmp_path, chats, folder)
 
 
@@ -324,20 +328,58 @@ def test_null_keys_are_no_content():
 @pytest.mark.parametrize(
     ("spec", "value", "message"),
     [
-        ({"format": "text"}, 7, "row 0: column 'text' holds int 7, expected a string"),
-        ({"format": "text"}, None, "row 0: column 'text' holds NoneType None"),
-        ({}, "hi", r"column 'messages' holds str 'hi', expected a list of \{role, content\}"),
-        ({}, ["hi"], "row 0: column 'messages' has str 'hi' at turn 0"),
-        ({}, [{"role": "user", "text": "x"}], "row 0: .* has dict .* at turn 0, expected a list"),
-        ({}, [{"role": "user", "content": None}], "row 0: .* a content of NoneType None at turn 0"),
-        ({}, [{"role": 3, "content": "x"}], "row 0: .* has a role of int 3"),
-        ({}, [{"role": "user", "content": ["x"]}], "row 0: .* a content of list"),
+        ({"format": "text"}, 7, "column 'text' holds int, expected a string, at row 0 "),
+        ({"format": "text"}, None, r"column 'text' is null, at row 0 \(.*null"),
+        ({}, "hi", r"column 'messages' holds str, expected a list of \{role, content\}"),
+        ({}, ["hi"], "'messages' has a turn of another kind, .* at row 0 .str 'hi' at turn 0"),
+        ({}, [{"role": "user", "text": "x"}], "has a turn of another kind, expected a list of"),
+        ({}, [{"role": "user", "content": None}], "has a turn whose content is null, expected"),
+        ({}, [{"role": 3, "content": "x"}], "has a turn whose role is int"),
+        ({}, [{"role": "user", "content": ["x"]}], "has a turn whose content is list"),
     ],
 )  # fmt: skip
 def test_values_of_another_type_are_refused(tmp_path, chatml, spec, value, message):
     column = "text" if spec else "messages"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"1 of 1 rows .* cannot be used.*{message}"):
         run(tmp_path, [{column: value}], chatml, **spec)
+
+
+def test_a_few_bad_rows_are_set_aside(tmp_path, chatml):
+    """The others become what they become without them, and no row is lost without a count."""
+    good = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(1300)]
+    bad = {3: ("prompt", None), 700: ("completion", None), 1100: ("prompt", None)}
+    rows = [dict(row) for row in good]
+    for index, (name, value) in bad.items():
+        rows[index][name] = value
+    spec = {"format": "prompt_completion", "eval_fraction": 0.1}
+    others = [row for index, row in enumerate(good) if index not in bad]
+    _, train, held_out = run(tmp_path, others, chatml, **spec)
+    facts, *with_bad = run(tmp_path, rows, chatml, **spec)
+    assert with_bad == [train, held_out]
+    assert facts["quarantined"] == {"column 'completion' is null": 1, "column 'prompt' is null": 2}
+    assert facts["rows"] == 1300 == len(train) + len(held_out) + len(bad)
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {
+            "position": f"row {index}",
+            "reason": f"column {name!r} is null",
+            "detail": "",
+            "excerpt": json.dumps(rows[index]),
+        }
+        for index, (name, _) in bad.items()
+    ]
+    with pytest.raises(
+        DataError, match=r"3 of 1,300 rows \(0.23%\).*2 x .*at row 3, row 1100 .*; 1 x"
+    ):
+        run(tmp_path, rows, chatml, **spec, max_bad_fraction=0.002)
+
+
+def test_a_row_of_10_mb_is_as_any_other(tmp_path, chatml):
+    rows = [{"text": "a" + " " * (10 << 20)}, {"text": "Hello there"}]  # one word, to BPE
+    facts, train, _ = run(tmp_path, rows, chatml, format="text", seq_len=64)
+    assert facts["max_length"] > 10_000
+    assert len(train) == 2 and len(train[0]["input_ids"]) == 64
+    assert (facts["truncated"], facts["quarantined"]) == (1, {})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""Ready-made operations over all rows, for `method: select`: they return the rows to keep.
+
+Of rows that are alike the first stays. They read a batch at a time and keep hashes, not rows.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditty.errors import DataError
+from ditty.recipes import file_content, text_of
+
+if TYPE_CHECKING:
+    import datasets
+
+BATCH_ROWS = 1000
+SHORTEST = 8
+"""Words: a shorter text is found in a row only if it is the row's whole text."""
+
+
+def deduplicate(rows: "datasets.Dataset", columns: list[str] | None = None) -> list[int]:
+    """The first of each set of equal rows.
+
+    Args:
+        columns: rows that are equal in these are equal; None: in all.
+    """
+    seen: set[bytes] = set()
+    kept = []
+    for number, row in enumerate(_rows(rows, columns)):
+        text = json.dumps(row, sort_keys=True, default=repr)
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            kept.append(number)
+    return kept
+
+
+def deduplicate_near(
+    rows: "datasets.Dataset",
+    column: str = "text",
+    threshold: float = 0.8,
+    words: int = 5,
+    permutations: int = 256,
+) -> list[int]:
+    """The first of each set of texts that share most of their runs of words, by MinHash.
+
+    A row goes if the estimated Jaccard similarity of its runs with those of a row that stays is at
+    least `threshold`. Case and punctuation do not count. Needs `pip install 'ditty[dedup]'`.
+
+    Args:
+        words: in a run; a text with fewer is one run.
+        permutations: of a signature. The estimate's standard error is at most 0.5 / their root;
+            a signature takes 8 bytes for each, and those of the rows that stay are in memory.
+
+    Source: arXiv:2107.06499 (deduplicating training data); Broder 1997 (MinHash).
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    index = MinHashLSH(threshold=threshold, num_perm=permutations)
+    signatures: dict[int, MinHash] = {}
+    empty = MinHash(num_perm=permutations, seed=1)
+    for number, row in enumerate(_rows(rows, [column])):
+        signature = empty.copy()
+        signature.update_batch([run.encode() for run in _runs(_words(text_of(row, column)), words)])
+        alike = (signatures[other].jaccard(signature) for other in index.query(signature))
+        if not any(similarity >= threshold for similarity in alike):
+            signatures[number] = signature
+            index.insert(number, signature)
+    return list(signatures)
+
+
+def decontaminate(
+    rows: "datasets.Dataset",
+    file: str,
+    column: str = "text",
+    file_column: str | None = None,
+    words: int = 13,
+) -> list[int]:
+    """The rows that share no run of words with a held-out set. Case and punctuation do not count.
+
+    Args:
+        file: of the held-out texts, .jsonl or .parquet.
+        column: of the rows; file_column: of the file, by default of the same name.
+        words: in a run. A held-out text with fewer, but at least SHORTEST, is one run.
+
+    Raises:
+        DataError: the file cannot be read, or has no such column.
+
+    Source: arXiv:2005.14165, appendix C (runs of 13 words).
+    """
+    whole: set[str] = set()
+    runs: dict[int, set[str]] = {}
+    for row in _held_out(Path(file), file_column or column):
+        spoken = _words(text_of(row, file_column or column))
+        whole.add(" ".join(spoken))
+        if len(spoken) >= SHORTEST:
+            size = min(words, len(spoken))
+            runs.setdefault(size, set()).update(_runs(spoken, size))
+    kept = []
+    for number, row in enumerate(_rows(rows, [column])):
+        spoken = _words(text_of(row, column))
+        shared = any(not known.isdisjoint(_runs(spoken, size)) for size, known in runs.items())
+        if not shared and " ".join(spoken) not in whole:
+            kept.append(number)
+    return kept
+
+
+decontaminate.identity = file_content  # type: ignore[attr-defined]
+
+
+def _rows(rows: "datasets.Dataset", columns: list[str] | None) -> Iterator[dict[str, Any]]:
+    """Rows as dicts, with these columns."""
+    wanted = rows if columns is None else rows.select_columns(columns)
+    for batch in wanted.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        yield from batch.to_pylist()
+
+
+def _held_out(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    if file.suffix == ".jsonl":
+        with file.open(encoding="utf-8") as lines:
+            found = [json.loads(line) for line in lines if line.strip()]
+    elif file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        found = parquet.read_table(file).to_pylist()
+    else:
+        raise DataError(
+            f"kwargs.file: {file} has the suffix {file.suffix!r}, expected .jsonl or .parquet"
+        )
+    for number, row in enumerate(found):
+        if column not in row:
+            raise DataError(
+                f"kwargs.file: row {number} of {file} has no column {column!r}, but "
+                f"{', '.join(row)}: set kwargs.file_column"
+            )
+        yield row
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _runs(words: list[str], size: int) -> set[str]:
+    """Each run of so many words; all of fewer are one run."""
+    last = max(len(words) - size, 0)
+    return {" ".join(words[start : start + size]) for start in range(last + 1)}

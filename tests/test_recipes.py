@@ -1,0 +1,211 @@
+"""Ready-made operations against pandas, brute force, transformers, and numbers worked by hand."""
+
+import json
+import random
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from ditty import tables
+from ditty.dataspec import Operation
+from ditty.dedup import decontaminate, deduplicate, deduplicate_near
+from ditty.errors import DataError
+from ditty.functions import digest
+from ditty.operations import apply
+from ditty.quality import gopher_quality, gopher_repetition, quality, repetition
+from ditty.recipes import characters, has_words, tokens
+from ditty.stages import operation_inputs
+from tests.tokenizers_for_tests import train_tokenizer
+
+CHAT = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": None}]
+
+
+@pytest.mark.parametrize("columns", [None, ["a"], ["a", "b"]])
+def test_exact_duplicates_are_those_of_pandas(columns):
+    rng = random.Random(0)
+    rows = [
+        {"a": rng.choice("xyz"), "b": rng.randrange(4), "c": rng.randrange(2)} for _ in range(2500)
+    ]
+    rows[7]["a"] = rows[9]["a"] = None
+    expected = pd.DataFrame(rows).drop_duplicates(columns).index.tolist()
+    found = deduplicate(datasets.Dataset.from_list(rows), columns)
+    assert found == expected and len(found) < 30
+
+
+def test_chats_are_duplicates_only_turn_by_turn():
+    chats = [CHAT, CHAT[:1], CHAT, CHAT[::-1], CHAT[:1]]
+    rows = datasets.Dataset.from_list([{"messages": chat} for chat in chats])
+    assert deduplicate(rows, ["messages"]) == [0, 1, 3]
+
+
+def runs(text, size):
+    words = text.split()
+    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+
+
+def jaccard(a, b):
+    return len(a & b) / len(a | b)
+
+
+def test_near_duplicates_are_those_of_brute_force():
+    rng = random.Random(1)
+    words = [f"w{i}" for i in range(2000)]
+    texts = []
+    for _ in range(60):
+        base = rng.choices(words, k=150)
+        for changes in (0, 1, 5, 12):  # of 146 runs each changes five: 1, 0.93, 0.71, 0.42 alike
+            words_now = list(base)
+            for change in range(changes):
+                words_now[8 + 12 * change] = "changed"
+            texts.append(" ".join(words_now))
+    rng.shuffle(texts)
+    expected, kept = [], []
+    for number, text in enumerate(texts):
+        own = runs(text, 5)
+        if all(jaccard(own, other) < 0.8 for other in kept):
+            expected.append(number)
+            kept.append(own)
+    rows = datasets.Dataset.from_dict({"text": texts})
+    assert deduplicate_near(rows) == expected == deduplicate_near(rows)
+    assert 175 < len(expected) < 185, "of each four three stay"
+    shouted = datasets.Dataset.from_dict(
+        {"text": [texts[0], f"{texts[0].upper()}!", "", None, "a"]}
+    )
+    assert deduplicate_near(shouted) == [0, 2, 4]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_that_share_a_run_of_words_with_a_held_out_set_go(tmp_path, suffix):
+    rng = random.Random(2)
+
+    def text(count):
+        return [rng.choice("abcdefghij") + rng.choice("klmnopqrst") * 3 for _ in range(count)]
+
+    held_out = [text(40), text(9), text(3)]
+    planted = [
+        [*text(5), *held_out[0][11:24], *text(5)],  # 13 words of the first
+        [*text(5), *held_out[0][11:23], *text(5)],  # 12 words
+        [*text(5), *held_out[1], *text(5)],  # all of the second
+        [*text(5), *held_out[1][:8], *text(5)],
+        [*text(5), *held_out[2], *text(5)],  # too short to tell
+        held_out[2],
+        text(50),
+    ]
+    rows = [{"text": " ".join(words), "n": n} for n, words in enumerate(planted)]
+    rows[0]["text"] = rows[0]["text"].upper().replace(" ", ", ")
+    file = tmp_path / f"held_out{suffix}"
+    texts = [{"question": " ".join(words)} for words in held_out]
+    if suffix == ".jsonl":
+        file.write_text("\n".join(map(json.dumps, texts)))
+    else:
+        parquet.write_table(pa.Table.from_pylist(texts), file)
+    given = datasets.Dataset.from_list(rows)
+    assert decontaminate(given, str(file), file_column="question") == [1, 3, 4, 6]
+    assert decontaminate(given, str(file), file_column="question", words=12) == [3, 4, 6]
+    with pytest.raises(DataError, match="row 0 of .* has no column 'text', but question: set kw"):
+        decontaminate(given, str(file))
+    with pytest.raises(DataError, match="has the suffix '.md', expected .jsonl or .parquet"):
+        decontaminate(given, str(tmp_path / "a.md"))
+
+
+def test_lengths(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = train_tokenizer(
+        tmp_path / "tokenizer", None, post="<s> $A </s>", bos_token="<s>", eos_token="</s>"
+    )
+    count = len(AutoTokenizer.from_pretrained(folder).tokenize("Hello there, how"))
+    row = {"text": "Hello there, how", "messages": CHAT, "nothing": None, "n": 3}
+    file = str(folder / "tokenizer.json")
+    assert count > 3
+    assert tokens(row, file, at_least=count, at_most=count)
+    assert not tokens(row, file, at_least=count + 1) and not tokens(row, file, at_most=count - 1)
+    assert characters(row, at_least=16, at_most=16) and not characters(row, at_most=15)
+    assert characters(row, "messages", 12, 12) and has_words(row, "messages", 2)
+    shared = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "a"}]}
+    assert characters(shared, "conversations", 7, 7)
+    assert not characters(row, "nothing") and not has_words(row, "nothing")
+    with pytest.raises(DataError, match="column 'n' holds int, expected a text or a list"):
+        characters(row, "n")
+
+
+@pytest.mark.parametrize(
+    ("function", "method"),
+    [("ditty.recipes:tokens", "filter"), ("ditty.dedup:decontaminate", "select")],
+)
+def test_the_content_of_a_file_is_in_the_key(tmp_path, function, method):
+    file = tmp_path / "file.jsonl"
+    operation = Operation(method=method, function=function, kwargs={"file": str(file)})
+    with pytest.raises(DataError, match=r"kwargs.file: cannot read .*file.jsonl: No such file"):
+        operation_inputs(operation)
+    file.write_text("{}")
+    before = operation_inputs(operation)
+    assert operation_inputs(operation) == before
+    file.write_text("{} ")
+    assert operation_inputs(operation) != before
+
+
+def test_measures_of_quality_worked_by_hand():
+    text = "# One two...\n\n- three 44 5…\n• six\n"
+    assert quality(text) == {
+        "words": 9,
+        "mean_word_length": (1 + 3 + 6 + 1 + 5 + 2 + 2 + 1 + 3) / 9,
+        "hash_signs_a_word": 1 / 9,
+        "ellipses_a_word": 2 / 9,
+        "bullet_lines": 2 / 3,
+        "ellipsis_lines": 2 / 3,
+        "alphabetic_words": 4 / 9,
+    }
+
+
+def test_measures_of_repetition_worked_by_hand():
+    found = repetition("a bb\nc d\na bb\n\na bb")
+    assert found["repeated_lines"] == 2 / 4
+    assert found["characters_in_repeated_lines"] == 6 / 11
+    assert found["repeated_paragraphs"] == found["characters_in_repeated_paragraphs"] == 0
+    assert found["characters_in_top_2_gram"] == 9 / 11  # a bb, three times
+    assert found["characters_in_top_3_gram"] == 0  # each is there once
+    again = repetition("a bb a bb a bb a")
+    assert again["characters_in_top_3_gram"] == 1  # a bb a, overlapping
+    assert again["characters_in_repeated_5_grams"] == 7 / 10  # from the third word on
+    twice = repetition("one\ntwo\n\nx\n\none\ntwo")
+    assert twice["repeated_paragraphs"] == 1 / 3
+    assert twice["characters_in_repeated_paragraphs"] == 6 / 13
+
+
+def test_prose_stays_and_spam_goes():
+    prose = (Path(__file__).parent.parent / "LICENSE").read_text().split("APPENDIX")[0]
+    spam = "Buy cheap watches now at our store. " * 20
+    table = "\n".join(f"- {n} {n * n} {n**3}" for n in range(50))
+    verdicts = [
+        (gopher_quality({"text": t}), gopher_repetition({"text": t})) for t in (prose, spam, table)
+    ]
+    assert verdicts == [(True, True), (True, False), (False, True)]
+    assert gopher_repetition({"body": None}, "body")
+    short = {"text": "a few plain words"}
+    assert not gopher_quality(short) and gopher_quality(short, limits={"words": [1, 9]})
+    with pytest.raises(DataError, match="no measure 'word': did you mean words?"):
+        gopher_quality(short, limits={"word": [1, 9]})
+
+
+def test_a_recipe_over_all_rows_is_an_operation_like_any_other(tmp_path):
+    for name in ("source", "one", "three"):
+        (tmp_path / name).mkdir()
+    table = pa.table({"text": [f"text {n % 700}" for n in range(2100)]})
+    tables.write(tmp_path / "source" / "data.arrow", [table], table.schema)
+    operation = Operation(method="select", function="ditty.dedup:deduplicate")
+    for name, processes in (("one", 1), ("three", 3)):
+        facts = apply(operation, tmp_path / "source", tmp_path / name, processes)
+        assert (facts["rows_in"], facts["rows"]) == (2100, 700)
+    files = [(tmp_path / name / "data.arrow").read_bytes() for name in ("one", "three")]
+    assert files[0] == files[1]
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasketch", None)
+    with pytest.raises(DataError, match="datasketch cannot be imported: .* Is it installed"):
+        digest(deduplicate_near)
