@@ -7,7 +7,6 @@ appears by one rename, after everything in it is on the disk. The store keeps ar
 
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,12 +17,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditty.errors import ArtifactDamaged, StoreError
+from ditty.failpoints import STAGING, fail_point
 from ditty.files import (
     FileLock,
     canonical_json,
     fsync_path,
     make_dir,
     read_json,
+    remove_tree,
+    rename,
     sha256_bytes,
     sha256_file,
     sha256_once,
@@ -111,15 +113,19 @@ def verify(directory: Path) -> Manifest:
     """
     manifest = read_manifest(directory)
     for name, (size, digest) in manifest.files.items():
-        path = directory / name
-        if path.is_symlink() or not path.is_file():
-            raise ArtifactDamaged(f"{path} is missing or not a plain file")
-        got = path.stat().st_size
-        if got != size:
-            raise ArtifactDamaged(f"{path} has {got} bytes, its manifest says {size}")
-        if sha256_file(path) != digest:
-            raise ArtifactDamaged(f"{path} does not match the SHA-256 in its manifest")
+        check_file(directory / name, size, digest, "its manifest")
     return manifest
+
+
+def check_file(path: Path, size: int, sha256: str, by: str) -> None:
+    """Raise ArtifactDamaged unless a file is what `by`, its manifest's name in errors, says."""
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactDamaged(f"{path} is missing or not a plain file")
+    got = path.stat().st_size
+    if got != size:
+        raise ArtifactDamaged(f"{path} has {got} bytes, {by} says {size}")
+    if sha256_file(path) != sha256:
+        raise ArtifactDamaged(f"{path} does not match the SHA-256 in {by}")
 
 
 def describe(directory: Path, facts: dict[str, Any]) -> Manifest:
@@ -150,9 +156,16 @@ def made_by() -> dict[str, Any]:
 def staging_dir(final: Path) -> Path:
     """A new empty directory beside `final`, to be filled and given to `commit`."""
     make_dir(final.parent)
-    staging = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:12]}"
+    staging = final.parent / f"{STAGING}{final.name}-{uuid.uuid4().hex[:12]}"
+    fail_point("make", staging)
     staging.mkdir()
     return staging
+
+
+def clear_staging(final: Path) -> None:
+    """Remove what makers of `final` left that were killed; no other one may be at work."""
+    for stale in final.parent.glob(f"{STAGING}{final.name}-*"):
+        remove_tree(stale)
 
 
 def commit(staging: Path, final: Path, facts: dict[str, Any]) -> Manifest:
@@ -174,12 +187,12 @@ def commit(staging: Path, final: Path, facts: dict[str, Any]) -> Manifest:
         fsync_path(path)
     write_json(staging / MANIFEST, manifest.to_json())
     try:
-        os.rename(staging, final)
+        rename(staging, final)
     except OSError:
         if not final.is_dir():
             raise
         theirs = verify(final)
-        shutil.rmtree(staging)
+        remove_tree(staging)
         return theirs
     fsync_path(final.parent)
     return manifest
@@ -196,14 +209,14 @@ def commit_dir(final: Path, facts: dict[str, Any]) -> Iterator[Path]:
         yield staging
         commit(staging, final, facts)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
         raise
 
 
 def set_aside(directory: Path) -> Path:
     """Rename a damaged directory so that nothing reads it and a person can look at it."""
     aside = directory.with_name(f".bad-{directory.name}-{int(time.time())}-{uuid.uuid4().hex[:4]}")
-    os.rename(directory, aside)
+    rename(directory, aside)
     return aside
 
 
@@ -267,8 +280,7 @@ class Store:
                 and makes only what is missing.
         """
         final = self.path(stage, key)
-        for stale in final.parent.glob(f".tmp-{final.name}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        clear_staging(final)
         if not resumable:
             with commit_dir(final, facts) as staging:
                 yield staging

@@ -24,7 +24,8 @@ from typing import Any
 
 from ditty.artifacts import MANIFEST, default_home
 from ditty.errors import ArtifactDamaged, RunError
-from ditty.files import FileLock, is_held, make_dir, read_json, write_json
+from ditty.failpoints import STAGING, fail_point
+from ditty.files import FileLock, is_held, make_dir, read_json, remove_tree, write_json
 from ditty.spec import RUN_NAME
 
 CRASH_FILE = "crashed.json"  # the flow's, of an attempt that left no result
@@ -113,6 +114,16 @@ class RunDir:
                 steps.append(int(match[1]))
         return sorted(steps)
 
+    def clear_unfinished(self) -> None:
+        """Remove what saves, downloads and removals that were cut short have left.
+
+        The caller holds the training lock.
+        """
+        for path in self.checkpoints.glob("*"):
+            removed = STEP_NAME.fullmatch(path.name) and not (path / MANIFEST).exists()
+            if removed or path.name.startswith(STAGING):
+                remove_tree(path)
+
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of `step` stands, or will."""
         return self.checkpoints / step_name(step)
@@ -179,6 +190,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line
+        fail_point("append", path)
         os.write(fd, line)
     finally:
         os.close(fd)
