@@ -20,6 +20,7 @@ from ditty.spec import RunSpec
 from ditty.specfile import load_spec
 from flows.bench_command import bench
 from flows.serve_command import deploy, serve
+from flows.verify_command import verify
 from flows.watch_commands import logs, status
 
 app = typer.Typer(
@@ -260,6 +261,7 @@ COMMANDS = (
     quantize,
     bench,
     lineage,
+    verify,
     serve,
     deploy,
 )
