@@ -7,6 +7,7 @@ appears by one rename, after everything in it is on the disk. The store keeps ar
 
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+SHA256 = re.compile(r"[0-9a-f]{64}")
+NAME_BYTES, PATH_LENGTH = 255, 512  # of a name on Linux; an S3 key has 1,024 bytes in all
 
 MADE_BY = "made_by"  # the fact that says what made an artifact
 FLOW_RUN_VARIABLE = "DITTY_FLOW_RUN"  # id of the Prefect flow run, set by it for all below it
@@ -76,10 +79,14 @@ class Manifest:
         try:
             if value["version"] != MANIFEST_VERSION:
                 raise ValueError(f"version {value['version']!r}, expected {MANIFEST_VERSION}")
-            files = {f["path"]: (int(f["size"]), str(f["sha256"])) for f in value["files"]}
-            for path in files:
+            files = {f["path"]: (f["size"], f["sha256"]) for f in value["files"]}
+            for path, (size, sha256) in files.items():
                 _check_relative(path)
-            return cls(facts=dict(value["facts"]), files=files)
+                if type(size) is not int or size < 0 or not SHA256.fullmatch(sha256):
+                    raise ValueError(f"{path!r} has size {size!r} and SHA-256 {sha256!r}")
+            if not isinstance(value["facts"], dict):
+                raise ValueError(f"facts are {type(value['facts']).__name__}")
+            return cls(facts=value["facts"], files=files)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactDamaged(f"{where} is not a manifest of ditty's: {error!r}") from error
 
@@ -88,6 +95,9 @@ def _check_relative(path: str) -> None:
     pure = PurePosixPath(path)
     if pure.is_absolute() or not pure.parts or ".." in pure.parts or str(pure) != path:
         raise ValueError(f"path {path!r} leaves its directory")
+    long = max(len(part.encode()) for part in pure.parts) > NAME_BYTES or len(path) > PATH_LENGTH
+    if long or "\\" in path or not path.isprintable():
+        raise ValueError(f"path {path[:PATH_LENGTH]!r} cannot be a file everywhere")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -98,7 +108,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     try:
         value = read_json(directory / MANIFEST)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactDamaged(f"{directory / MANIFEST} is not JSON: {error}") from error
     if value is None:
         raise ArtifactDamaged(f"{directory} has no {MANIFEST}: it was never committed")

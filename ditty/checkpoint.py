@@ -198,7 +198,7 @@ class Checkpointer:
             return 0, {}
         path = self.run.checkpoint(step)
         facts = read_manifest(path).facts
-        check_identity(self.identity, facts["identity"], str(path))
+        check_identity(self.identity, facts.get("identity"), str(path))
         if step == 0:  # the start, kept because it may be the best: made anew, the same
             return 0, {}
         digests = self.world.gather(sha256_bytes((path / MANIFEST).read_bytes()))

@@ -162,7 +162,7 @@ class Remote:
             return None
         try:
             value = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactDamaged(f"{where} is not JSON: {error}") from error
         manifest = Manifest.from_json(value, where)
         _refuse_odd_paths(manifest, where)
@@ -310,7 +310,7 @@ def _refuse_odd_paths(manifest: Manifest, where: str) -> None:
         # A second manifest inside would look like a commit of its own before the first is one.
         if path.rpartition("/")[2] == MANIFEST:
             raise ArtifactDamaged(f"{where} lists {path!r} as a file: rename that file")
-        if "\0" in path or any(str(p) in manifest.files for p in PurePosixPath(path).parents):
+        if any(str(p) in manifest.files for p in PurePosixPath(path).parents):
             raise ArtifactDamaged(f"{where} lists {path!r}, which cannot be written as a file")
 
 

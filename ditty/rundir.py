@@ -172,14 +172,19 @@ def best_step(checkpoint: Path) -> int | None:
     """The step whose weights are the best that a checkpoint knows of; None where it says nothing.
 
     Raises:
-        ArtifactDamaged: its state is not JSON.
+        ArtifactDamaged: its state is not JSON, or nonsense.
     """
     path = checkpoint / "state.json"
     try:
-        found: int | None = (read_json(path) or {}).get("best_step")
-    except ValueError as error:
+        state = read_json(path)
+    except (ValueError, RecursionError) as error:
         raise ArtifactDamaged(f"{path} is not JSON: {error}") from error
-    return found
+    if state is None:
+        return None
+    best = state.get("best_step") if isinstance(state, dict) else state
+    if not isinstance(state, dict) or (best is not None and type(best) is not int):
+        raise ArtifactDamaged(f"{path} has {best!r} where the best step should be")
+    return best
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

@@ -212,7 +212,7 @@ class UploadSpec(Section):
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, url: str | None) -> str | None:
-        if url is not None and not re.fullmatch(r"s3://[^/@\s]+(/\S*)?|file:///.*", url):
+        if url is not None and not re.fullmatch(r"s3://[^/@\s]+(/\S*)?|file:///[^/].*", url):
             raise ValueError(f"{url!r} is no target; expected s3://bucket/prefix or file:///folder")
         return url.rstrip("/") if url else url
 

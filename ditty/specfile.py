@@ -13,6 +13,9 @@ from pydantic import BaseModel, ValidationError
 from ditty.errors import SpecError
 from ditty.spec import RunSpec
 
+# PyYAML lets through what it meets on its way: bytes that are no text, 2026-13-45, a thousand "[".
+NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a spec file; `overrides` are `section.key=value` with YAML values.
@@ -26,7 +29,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"cannot read the spec {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NO_YAML as error:
         raise SpecError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise SpecError(
@@ -70,7 +73,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise SpecError(f"--set {override!r}: {name} is not a section")
     try:
         target[last] = _number(yaml.safe_load(text))
-    except yaml.YAMLError as error:
+    except NO_YAML as error:
         raise SpecError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 
