@@ -22,6 +22,7 @@ from ditty.choices import (
     Sharding,
 )
 from ditty.dataspec import DataSpec, Section
+from ditty.s3 import scrub
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -213,7 +214,9 @@ class UploadSpec(Section):
     @classmethod
     def _known_scheme(cls, url: str | None) -> str | None:
         if url is not None and not re.fullmatch(r"s3://[^/@\s]+(/\S*)?|file:///[^/].*", url):
-            raise ValueError(f"{url!r} is no target; expected s3://bucket/prefix or file:///folder")
+            raise ValueError(
+                f"{scrub(url)!r} is no target; expected s3://bucket/prefix or file:///folder"
+            )
         return url.rstrip("/") if url else url
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ditty.errors import SpecError
+from ditty.s3 import scrub
 from ditty.spec import RunSpec
 
 # PyYAML lets through what it meets on its way: bytes that are no text, 2026-13-45, a thousand "[".
@@ -53,7 +54,8 @@ def parse_spec(values: dict[str, Any], where: str = "spec") -> RunSpec:
         return RunSpec.model_validate(values)
     except ValidationError as error:
         lines = [_explain(e) for e in error.errors()]
-        raise SpecError("\n".join(f"{where}: {line}" for line in lines)) from error
+        # Not `from error`: it holds what was given, maybe with a password.
+        raise SpecError(scrub("\n".join(f"{where}: {line}" for line in lines))) from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

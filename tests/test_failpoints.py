@@ -105,7 +105,7 @@ def test_killed_at_every_point(
     tmp_path: Path,
     bucket: Any,  # noqa: F811
 ) -> None:
-    """Some 400 kills: every point of one process, one of each kind of two."""
+    """About 350 kills: every point of one process, one of each kind of two."""
     turns: list[dict[str, Any]] = [
         {"work": "make_data", "all": True, "keep": True},
         {"work": "quantize", "all": True, "keep": True},
