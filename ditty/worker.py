@@ -23,6 +23,7 @@ from ditty.errors import DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.files import read_json, write_json
 from ditty.readahead import read_folder_ahead
 from ditty.rundir import Result, RunDir, Status, write_result
+from ditty.signals import show_stack_when_asked
 from ditty.spec import RunSpec
 
 log = logging.getLogger("ditty.worker")
@@ -269,7 +270,9 @@ def _load(job: Job, world: Any) -> tuple[Any, Any, Any]:
 def _heartbeat(attempt: Path, rank: int) -> Any:
     from ditty.heartbeat import Heartbeat
 
-    return Heartbeat(attempt / "heartbeat" / f"rank_{rank:05d}.json")
+    path = attempt / "heartbeat" / f"rank_{rank:05d}.json"
+    show_stack_when_asked(path)
+    return Heartbeat(path)
 
 
 def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str, Any]) -> None:
