@@ -197,6 +197,13 @@ def test_a_path_that_leaves_its_directory_or_cannot_be_written(path: str) -> Non
         Manifest.from_json(value, "here")
 
 
+@pytest.mark.parametrize("size", [-1, 1.5, "1", True, float("inf"), None])
+def test_a_size_that_is_none(size: Any) -> None:
+    value = {**GOOD, "files": [{**GOOD["files"][0], "size": size}]}
+    with pytest.raises(ArtifactDamaged, match="'weights' has size"):
+        Manifest.from_json(value, "here")
+
+
 @FUZZ
 @given(MANIFESTS)
 @example({**GOOD, "files": [{**GOOD["files"][0], "size": float("inf")}]})
