@@ -16,7 +16,7 @@ from ditty.artifacts import MANIFEST, Manifest, Store, check_file, read_manifest
 from ditty.errors import ArtifactDamaged, RunError
 from ditty.files import make_dir, read_json
 from ditty.lineage import inputs_of, made_from
-from ditty.remote import Remote
+from ditty.remote import Remote, is_name
 from ditty.rundir import STEP_NAME, RunDir
 from ditty.status import run_names
 
@@ -142,11 +142,18 @@ def _then_here(path: Path, manifest: Manifest | None) -> str:
 def _copies(uri: str, store: Store) -> Iterator[Audited]:
     """All below a URI, or the one copy that it names."""
     url, _, name = uri.rstrip("/").rpartition("/")
-    parent = None if re.fullmatch(r"s3:/|file://", url) else Remote(url)
-    if parent and parent.manifest(name):
-        yield _copy(parent, name, store)
+    may_be_one = is_name(name) and not re.fullmatch(r"s3:/|file://", url)
+    if may_be_one and _has(Remote(url), name):
+        yield _copy(Remote(url), name, store)
     else:
         yield from _copies_of(Remote(uri), "", store)
+
+
+def _has(remote: Remote, name: str) -> bool:
+    try:
+        return remote.manifest(name) is not None
+    except ArtifactDamaged:
+        return True
 
 
 def _copies_of(remote: Remote, prefix: str, store: Store) -> Iterator[Audited]:

@@ -137,7 +137,7 @@ class Remote:
         found = []
         for key in self._objects.keys(start):
             name, _, file = key.rpartition("/")
-            if file == MANIFEST and _NAME.fullmatch(name):
+            if file == MANIFEST and is_name(name):
                 found.append(name)
             elif file == MANIFEST:
                 log.warning("%s/%r is no name of ditty's: passed over", self.url, key)
@@ -299,8 +299,13 @@ def _open(url: str, patience: Patience) -> Objects:
     )
 
 
+def is_name(name: str) -> bool:
+    """Whether a committed directory can be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise permanent(RemoteError(f"{name!r} is no name of a committed directory"))
     return name
 

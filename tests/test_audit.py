@@ -124,10 +124,18 @@ def test_copies_are_fetched_and_read(home: Path, url: str, tmp_path: Path, bucke
         assert f"{url}/mine/final/{TRAIN}/weights.safetensors is damaged" in first
         assert second == f"{url}/mine/final/{TRAIN}/more is in no manifest"
     assert contents(home) == before, "verifying leaves nothing behind"
+    put(MANIFEST, b"{")
+    for where in (url, "mine", f"{url}/mine/final/{TRAIN}"):
+        code, (only,) = verify(where)
+        assert code == 1 and f"mine/final/{TRAIN}/{MANIFEST} is not JSON" in only
 
 
 def test_what_is_not_there_is_an_error(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for what in ("nobody", str(tmp_path / "empty"), (tmp_path / "empty").as_uri()):
+    (tmp_path / "an empty place").mkdir()
+    for what in (
+        "nobody",
+        str(tmp_path / "an empty place"),
+        (tmp_path / "an empty place").as_uri(),
+    ):
         done = CliRunner().invoke(app, ["verify", what])
         assert done.exit_code == 1 and "nothing is committed at" in str(done.exception), what
