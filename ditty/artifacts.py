@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditty.errors import ArtifactDamaged, StoreError
-from ditty.failpoints import STAGING, fail_point
+from ditty.failpoints import fail_point
 from ditty.files import (
+    STAGING,
     FileLock,
     canonical_json,
     fsync_path,

@@ -15,8 +15,6 @@ from pathlib import PurePath
 VARIABLE = "DITTY_FAIL_POINT"  # the pass at which this process dies, `POINT #N` (N from 1)
 LOG_VARIABLE = "DITTY_FAIL_POINT_LOG"  # a file that gets a line for each pass
 
-STAGING = ".tmp-"
-
 _lock = threading.Lock()
 _passed: Counter[str] = Counter()  # by this process
 

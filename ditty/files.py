@@ -20,6 +20,7 @@ from typing import Any
 from ditty.errors import StoreError
 from ditty.failpoints import fail_point
 
+STAGING = ".tmp-"  # how the names of what is being made begin
 GLANCE_SECONDS = 0.02  # longer than `is_held` has a lock
 
 

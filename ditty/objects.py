@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ditty.errors import RemoteDenied, RemoteError, StoreError
-from ditty.failpoints import STAGING, fail_point
-from ditty.files import fsync_path, link, rename, sha256_file, unlink, write_new
+from ditty.failpoints import fail_point
+from ditty.files import STAGING, fsync_path, link, rename, sha256_file, unlink, write_new
 
 STALE_S = 3600.0  # no small object takes so long to write: whoever began it is gone
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}

@@ -24,8 +24,8 @@ from typing import Any
 
 from ditty.artifacts import MANIFEST, default_home
 from ditty.errors import ArtifactDamaged, RunError
-from ditty.failpoints import STAGING, fail_point
-from ditty.files import FileLock, is_held, make_dir, read_json, remove_tree, write_json
+from ditty.failpoints import fail_point
+from ditty.files import STAGING, FileLock, is_held, make_dir, read_json, remove_tree, write_json
 from ditty.spec import RUN_NAME
 
 CRASH_FILE = "crashed.json"  # the flow's, of an attempt that left no result
