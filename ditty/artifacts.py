@@ -7,7 +7,7 @@ appears by one rename, after everything in it is on the disk. The store keeps ar
 
 import logging
 import os
-import shutil
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,12 +18,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditty.errors import ArtifactDamaged, StoreError
+from ditty.failpoints import fail_point
 from ditty.files import (
+    STAGING,
     FileLock,
     canonical_json,
     fsync_path,
     make_dir,
     read_json,
+    remove_tree,
+    rename,
     sha256_bytes,
     sha256_file,
     sha256_once,
@@ -35,6 +39,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+SHA256 = re.compile(r"[0-9a-f]{64}")
+NAME_BYTES, PATH_LENGTH = 255, 512  # of a name on Linux; an S3 key has 1,024 bytes in all
 
 MADE_BY = "made_by"  # the fact that says what made an artifact
 FLOW_RUN_VARIABLE = "DITTY_FLOW_RUN"  # id of the Prefect flow run, set by it for all below it
@@ -74,10 +80,14 @@ class Manifest:
         try:
             if value["version"] != MANIFEST_VERSION:
                 raise ValueError(f"version {value['version']!r}, expected {MANIFEST_VERSION}")
-            files = {f["path"]: (int(f["size"]), str(f["sha256"])) for f in value["files"]}
-            for path in files:
+            files = {f["path"]: (f["size"], f["sha256"]) for f in value["files"]}
+            for path, (size, sha256) in files.items():
                 _check_relative(path)
-            return cls(facts=dict(value["facts"]), files=files)
+                if type(size) is not int or size < 0 or not SHA256.fullmatch(sha256):
+                    raise ValueError(f"{path!r} has size {size!r} and SHA-256 {sha256!r}")
+            if not isinstance(value["facts"], dict):
+                raise ValueError(f"facts are {type(value['facts']).__name__}")
+            return cls(facts=value["facts"], files=files)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactDamaged(f"{where} is not a manifest of ditty's: {error!r}") from error
 
@@ -86,6 +96,9 @@ def _check_relative(path: str) -> None:
     pure = PurePosixPath(path)
     if pure.is_absolute() or not pure.parts or ".." in pure.parts or str(pure) != path:
         raise ValueError(f"path {path!r} leaves its directory")
+    long = max(len(part.encode()) for part in pure.parts) > NAME_BYTES or len(path) > PATH_LENGTH
+    if long or "\\" in path or not path.isprintable():
+        raise ValueError(f"path {path[:PATH_LENGTH]!r} cannot be a file everywhere")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -96,7 +109,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     try:
         value = read_json(directory / MANIFEST)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactDamaged(f"{directory / MANIFEST} is not JSON: {error}") from error
     if value is None:
         raise ArtifactDamaged(f"{directory} has no {MANIFEST}: it was never committed")
@@ -111,15 +124,19 @@ def verify(directory: Path) -> Manifest:
     """
     manifest = read_manifest(directory)
     for name, (size, digest) in manifest.files.items():
-        path = directory / name
-        if path.is_symlink() or not path.is_file():
-            raise ArtifactDamaged(f"{path} is missing or not a plain file")
-        got = path.stat().st_size
-        if got != size:
-            raise ArtifactDamaged(f"{path} has {got} bytes, its manifest says {size}")
-        if sha256_file(path) != digest:
-            raise ArtifactDamaged(f"{path} does not match the SHA-256 in its manifest")
+        check_file(directory / name, size, digest, "its manifest")
     return manifest
+
+
+def check_file(path: Path, size: int, sha256: str, by: str) -> None:
+    """Raise ArtifactDamaged unless a file is what `by`, its manifest's name in errors, says."""
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactDamaged(f"{path} is missing or not a plain file")
+    got = path.stat().st_size
+    if got != size:
+        raise ArtifactDamaged(f"{path} has {got} bytes, {by} says {size}")
+    if sha256_file(path) != sha256:
+        raise ArtifactDamaged(f"{path} does not match the SHA-256 in {by}")
 
 
 def describe(directory: Path, facts: dict[str, Any]) -> Manifest:
@@ -150,9 +167,16 @@ def made_by() -> dict[str, Any]:
 def staging_dir(final: Path) -> Path:
     """A new empty directory beside `final`, to be filled and given to `commit`."""
     make_dir(final.parent)
-    staging = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:12]}"
+    staging = final.parent / f"{STAGING}{final.name}-{uuid.uuid4().hex[:12]}"
+    fail_point("make", staging)
     staging.mkdir()
     return staging
+
+
+def clear_staging(final: Path) -> None:
+    """Remove what makers of `final` left that were killed; no other one may be at work."""
+    for stale in final.parent.glob(f"{STAGING}{final.name}-*"):
+        remove_tree(stale)
 
 
 def commit(staging: Path, final: Path, facts: dict[str, Any]) -> Manifest:
@@ -174,12 +198,12 @@ def commit(staging: Path, final: Path, facts: dict[str, Any]) -> Manifest:
         fsync_path(path)
     write_json(staging / MANIFEST, manifest.to_json())
     try:
-        os.rename(staging, final)
+        rename(staging, final)
     except OSError:
         if not final.is_dir():
             raise
         theirs = verify(final)
-        shutil.rmtree(staging)
+        remove_tree(staging)
         return theirs
     fsync_path(final.parent)
     return manifest
@@ -196,14 +220,14 @@ def commit_dir(final: Path, facts: dict[str, Any]) -> Iterator[Path]:
         yield staging
         commit(staging, final, facts)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
         raise
 
 
 def set_aside(directory: Path) -> Path:
     """Rename a damaged directory so that nothing reads it and a person can look at it."""
     aside = directory.with_name(f".bad-{directory.name}-{int(time.time())}-{uuid.uuid4().hex[:4]}")
-    os.rename(directory, aside)
+    rename(directory, aside)
     return aside
 
 
@@ -267,8 +291,7 @@ class Store:
                 and makes only what is missing.
         """
         final = self.path(stage, key)
-        for stale in final.parent.glob(f".tmp-{final.name}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        clear_staging(final)
         if not resumable:
             with commit_dir(final, facts) as staging:
                 yield staging

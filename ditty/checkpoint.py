@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ditty.artifacts import MANIFEST, commit, read_manifest, set_aside, staging_dir, verify
 from ditty.errors import ArtifactDamaged, RunMismatch, StoreError
-from ditty.files import fsync_path, read_json, sha256_bytes, write_json
+from ditty.files import fsync_path, read_json, remove_tree, sha256_bytes, unlink, write_json
 from ditty.identity import check_identity
 from ditty.parallel import Parallel, Part
 from ditty.pieces import Pieces, piece_name, write_pieces
@@ -126,7 +126,7 @@ class Checkpointer:
             problems = self.aside.from_main(problems)
             if problems:
                 if self.world.main:
-                    shutil.rmtree(staging, ignore_errors=True)
+                    remove_tree(staging)
                 raise self._failed(step, problems[0])
             if self.world.main:
                 self._retire()
@@ -140,7 +140,7 @@ class Checkpointer:
         number = f"{self.world.rank:05d}.safetensors"
         try:
             write_pieces(staging / f"shard_{number}", files["shard"])
-            save_file(files["rng"], staging / f"rng_{number}")
+            write_pieces(staging / f"rng_{number}", files["rng"])
             for name in (f"shard_{number}", f"rng_{number}"):
                 if (staging / name).exists():
                     fsync_path(staging / name)
@@ -171,16 +171,15 @@ class Checkpointer:
             for step in steps[: -self.keep]:
                 if step not in best:
                     path = self.run.checkpoint(step)
-                    (path / MANIFEST).unlink()
+                    unlink(path / MANIFEST)
                     fsync_path(path)
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove_tree(path)
         except (OSError, ArtifactDamaged) as error:
             log.warning("old checkpoints in %s stay: %s", self.run.checkpoints, error)
 
     def clear_staging(self) -> None:
-        """Remove what saves that were cut short have left."""
-        for path in self.run.checkpoints.glob(".tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        """Remove what was cut short when this run ended before."""
+        self.run.clear_unfinished()
 
     def restore(self, parallel: Parallel) -> tuple[int, State]:
         """Load the newest checkpoint that verifies; (its step, the trainer's state), or (0, {}).
@@ -199,7 +198,7 @@ class Checkpointer:
             return 0, {}
         path = self.run.checkpoint(step)
         facts = read_manifest(path).facts
-        check_identity(self.identity, facts["identity"], str(path))
+        check_identity(self.identity, facts.get("identity"), str(path))
         if step == 0:  # the start, kept because it may be the best: made anew, the same
             return 0, {}
         digests = self.world.gather(sha256_bytes((path / MANIFEST).read_bytes()))

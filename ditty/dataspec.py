@@ -56,6 +56,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        hide_input_in_errors=True,  # somebody may have put a password there
         use_attribute_docstrings=True,
         field_title_generator=lambda name, _: name,
         json_schema_extra=_keep_order,

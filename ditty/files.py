@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ditty.errors import StoreError
+from ditty.failpoints import fail_point
 
+STAGING = ".tmp-"  # how the names of what is being made begin
 GLANCE_SECONDS = 0.02  # longer than `is_held` has a lock
 
 
@@ -55,6 +58,7 @@ def sha256_once(path: Path) -> str:
 
 def fsync_path(path: Path) -> None:
     """Flush one file or directory entry table to the disk."""
+    fail_point("sync", path)
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -62,15 +66,46 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
+def write_new(temporary: Path, data: bytes, final: Path) -> None:
+    """Put `data` on the disk in a new file, which is to become `final`."""
+    fail_point("write", final)
+    with open(temporary, "xb") as file:
+        file.write(data)
+        file.flush()
+        fail_point("sync", final)
+        os.fsync(file.fileno())
+
+
+def rename(path: Path, final: Path) -> None:
+    """rename(2): `final` appears whole; a file there is replaced, a directory with files is not."""
+    fail_point("rename", final)
+    os.rename(path, final)
+
+
+def link(path: Path, final: Path) -> None:
+    """link(2): `final` appears whole, unless it is there already (FileExistsError)."""
+    fail_point("link", final)
+    os.link(path, final)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file; one that is absent is fine."""
+    fail_point("unlink", path)
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory that nobody reads any more, as far as it can be removed."""
+    fail_point("remove", directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Give `path` the content `data`, or leave it as it was: never half of either."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_new(temporary, data, path)
+        rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

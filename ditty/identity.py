@@ -6,8 +6,13 @@ from typing import Any
 from ditty.errors import RunMismatch
 
 
-def check_identity(expected: dict[str, Any], got: dict[str, Any], where: str) -> None:
-    """Raise RunMismatch naming each key in which two identities differ."""
+def check_identity(expected: dict[str, Any], got: Any, where: str) -> None:
+    """Raise RunMismatch naming each key in which two identities differ.
+
+    `got` comes from a manifest, which may say anything.
+    """
+    if not isinstance(got, dict):
+        raise RunMismatch(f"{where} has {got!r} where its identity should be: remove it")
     found = list(differences(expected, got))
     if found:
         raise RunMismatch(

@@ -87,8 +87,8 @@ def lineage(where: str, store: Store) -> Node:
 
 def _node(manifest: Manifest, name: str, where: str, store: Store) -> Node:
     facts = manifest.facts
-    stage = str(facts.get("stage") or (CHECKPOINT if "step" in facts else "artifact"))
-    inputs = dict(facts.get("identity" if stage == CHECKPOINT else "inputs") or {})
+    stage = _kind(facts)
+    inputs = inputs_of(facts)
     parents = tuple(_parents(inputs, store))
     return Node(
         kind=stage,
@@ -103,17 +103,30 @@ def _node(manifest: Manifest, name: str, where: str, store: Store) -> Node:
     )
 
 
+def inputs_of(facts: dict[str, Any]) -> dict[str, Any]:
+    """What the key of an artifact, or the identity of a checkpoint, is the hash of."""
+    return dict(facts.get("inputs" if _kind(facts) != CHECKPOINT else "identity") or {})
+
+
+def _kind(facts: dict[str, Any]) -> str:
+    return str(facts.get("stage") or (CHECKPOINT if "step" in facts else "artifact"))
+
+
+def made_from(inputs: dict[str, Any], store: Store) -> Iterator[tuple[str, str, Path | None]]:
+    """(name of the input, key, where its artifact is or None where it is gone)"""
+    for name, key in inputs.items():
+        if _is_key(name, key):
+            found = (store.path(stage, key) for stage in INPUTS[name])
+            yield name, key, next((p for p in found if p.is_dir()), None)
+
+
 def _is_key(name: str, value: Any) -> bool:
     return name in INPUTS and isinstance(value, str)  # `train` is also a section of options
 
 
 def _parents(inputs: dict[str, Any], store: Store) -> Iterator[Node]:
-    for name, key in inputs.items():
-        if not _is_key(name, key):
-            continue
-        found = (store.path(stage, key) for stage in INPUTS[name])
-        path = next((p for p in found if (p / MANIFEST).is_file()), None)
-        if path is None:
+    for name, key, path in made_from(inputs, store):
+        if path is None or not (path / MANIFEST).is_file():
             yield Node(kind=name, key=key)
         else:
             yield _node(read_manifest(path), key, str(path), store)

@@ -7,6 +7,7 @@ an `Objects` holds only the verbs. `Folder` is here, `Bucket` in `ditty.s3`.
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ditty.errors import RemoteDenied, RemoteError, StoreError
-from ditty.files import fsync_path, sha256_file
+from ditty.failpoints import fail_point
+from ditty.files import STAGING, fsync_path, link, rename, sha256_file, unlink, write_new
 
-TEMPORARY = ".tmp-"
+STALE_S = 3600.0  # no small object takes so long to write: whoever began it is gone
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -79,9 +81,12 @@ class Folder:
         self.root = root
 
     def prepare(self) -> None:
-        """Create the folder."""
+        """Create the folder, and remove what probes that were killed left in it."""
         with self._explained("create"):
             self.root.mkdir(parents=True, exist_ok=True)
+            for path in self.root.glob(f"{STAGING}*"):
+                if path.stat().st_mtime < time.time() - STALE_S:
+                    unlink(path)
 
     def read(self, key: str) -> bytes | None:
         """The bytes of a file, or None where the folder is there and the file is not."""
@@ -96,13 +101,10 @@ class Folder:
         """Write a file that does not exist yet: link(2) is exclusive and shows whole files only."""
         with self._explained(f"create {key} in"):
             path = self._parent_of(key)
-            temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+            temporary = path.with_name(f"{STAGING}{uuid.uuid4().hex}")
             try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.link(temporary, path)
+                write_new(temporary, data, path)
+                link(temporary, path)
             except FileExistsError:
                 return False
             finally:
@@ -114,11 +116,12 @@ class Folder:
         """Copy under a temporary name, sync, rename."""
         with self._explained(f"write {key} in"):
             final = self._parent_of(key)
-            temporary = final.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+            temporary = final.with_name(f"{STAGING}{uuid.uuid4().hex}")
             try:
+                fail_point("put", final)
                 shutil.copyfile(path, temporary)
                 fsync_path(temporary)
-                os.replace(temporary, final)
+                rename(temporary, final)
             finally:
                 temporary.unlink(missing_ok=True)
             fsync_path(final.parent)
@@ -139,6 +142,7 @@ class Folder:
             if not (self.root / key).is_file():
                 self._need_root()
                 return False
+            fail_point("get", path)
             shutil.copyfile(self.root / key, path)
             return True
 
@@ -151,14 +155,14 @@ class Folder:
             for folder, _, names in os.walk(top, onerror=_raise_unless_absent):
                 for name in names:
                     key = (Path(folder) / name).relative_to(self.root).as_posix()
-                    if key.startswith(prefix) and not name.startswith(TEMPORARY):
+                    if key.startswith(prefix) and not name.startswith(STAGING):
                         found.append(key)
             return sorted(found)
 
     def delete(self, key: str) -> None:
         """Remove a file."""
         with self._explained(f"delete {key} in"):
-            (self.root / key).unlink(missing_ok=True)
+            unlink(self.root / key)
 
     def clear_debris(self, prefix: str) -> None:
         """Remove temporary files and empty folders below `prefix`."""
@@ -166,8 +170,8 @@ class Folder:
             top = self.root / prefix
             for folder, _, names in os.walk(top, topdown=False):
                 for name in names:
-                    if name.startswith(TEMPORARY):
-                        (Path(folder) / name).unlink(missing_ok=True)
+                    if name.startswith(STAGING):
+                        unlink(Path(folder) / name)
                 if not any(Path(folder).iterdir()):
                     Path(folder).rmdir()
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ditty.errors import RunMismatch
+from ditty.failpoints import fail_point
 
 
 def piece_name(name: str, start: int) -> str:
@@ -25,6 +26,7 @@ def piece_name(name: str, start: int) -> str:
 def write_pieces(path: Path, pieces: Mapping[str, torch.Tensor]) -> None:
     """Write flat CPU tensors by piece name; no file where there are none."""
     if pieces:
+        fail_point("write", path)
         save_file(dict(pieces), path)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ditty.artifacts import Store
 from ditty.errors import ArtifactDamaged, RunError
-from ditty.files import make_dir, read_json, write_json
+from ditty.files import locked, make_dir, read_json, write_json
 from ditty.remote import Remote, final_name
 from ditty.spec import ModelSpec, RunSpec
 from ditty.stages import StageRef, make_ref
@@ -90,17 +90,19 @@ class Promotions:
         Raises:
             RunError: it is not at the target either.
         """
-        if self.store.find("train", pointer.train):
-            return
         name = final_name(pointer.run, pointer.train)
-        remote = self._remote()
-        if remote.manifest(name) is None:
-            raise RunError(
-                f"the result in place (promotion {pointer.number}, run {pointer.run}) is neither "
-                f"in {self.store.home} nor at {self.url}/{name}, so nothing can be compared with "
-                f"it. Bring it back, or remove {self.url}/{self.name}/promoted to begin anew"
-            )
-        remote.get(name, self.store.path("train", pointer.train))
+        with locked(self.store.lock("train", pointer.train).path):
+            if self.store.find("train", pointer.train):
+                return
+            remote = self._remote()
+            if remote.manifest(name) is None:
+                raise RunError(
+                    f"the result in place (promotion {pointer.number}, run {pointer.run}) is "
+                    f"neither in {self.store.home} nor at {self.url}/{name}, so nothing can be "
+                    "compared with it. Bring it back, or remove "
+                    f"{self.url}/{self.name}/promoted to begin anew"
+                )
+            remote.get(name, self.store.path("train", pointer.train))
 
     def _remote(self) -> Remote:
         if self._own is not None:

@@ -12,21 +12,33 @@ import json
 import logging
 import re
 import shutil
+import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from ditty.artifacts import MANIFEST, Manifest, commit, read_manifest, staging_dir, verify
+from ditty.artifacts import (
+    MANIFEST,
+    Manifest,
+    check_file,
+    clear_staging,
+    commit,
+    read_manifest,
+    staging_dir,
+    verify,
+)
 from ditty.errors import ArtifactDamaged, RemoteError, SpecError, StoreError
-from ditty.files import sha256_file
-from ditty.objects import Folder, Objects, permanent
+from ditty.files import remove_tree
+from ditty.objects import STALE_S, Folder, Objects, permanent
 from ditty.s3 import Bucket, Patience, scrub
 
 log = logging.getLogger(__name__)
 
+PROBE = "ditty-probe-"  # then the seconds since 1970 when it was made
 CHECK_S = 5.0  # seconds that `check` gives a request, and a fault to pass: a person looks on
 FILES_IN_FLIGHT = 4  # that are fetched at a time
 TRANSFERS = 2  # copies of a file that are made before its damage is called lasting
@@ -69,7 +81,7 @@ class Remote:
         )
         objects = _open(self.url, brief)
         objects.prepare()
-        key = f"ditty-probe-{uuid.uuid4().hex}"
+        key = f"{PROBE}{int(time.time())}-{uuid.uuid4().hex}"
         data = key.encode()
         objects.create(key, data)
         try:
@@ -81,10 +93,15 @@ class Remote:
                         "Use a server that honours it"
                     )
                 )
-            if objects.read(key) != data or key not in objects.keys(key):
+            probes = objects.keys(PROBE)
+            if objects.read(key) != data or key not in probes:
                 raise RemoteError(f"{self.url} does not give back what was just written to it")
         finally:
             objects.delete(key)
+        for probe in probes:  # of processes that were killed at this
+            made = probe.removeprefix(PROBE).partition("-")[0]
+            if made.isdecimal() and int(made) < time.time() - STALE_S:
+                objects.delete(probe)
 
     def put(self, directory: Path, name: str) -> str:
         """Publish a committed directory as `name`; safe to repeat, and to resume after a kill.
@@ -102,7 +119,7 @@ class Remote:
         committed = self._is_committed(name, manifest)
         for path, (size, sha256) in sorted(manifest.files.items()):
             if not self._objects.holds(f"{name}/{path}", size, sha256):
-                _verify_file(directory / path, size, sha256, "its manifest")
+                check_file(directory / path, size, sha256, "its manifest")
                 # Asked before each file: a slower writer must not damage a faster one's commit.
                 self._is_committed(name, manifest)
                 self._send(directory / path, f"{name}/{path}", size, sha256)
@@ -120,11 +137,18 @@ class Remote:
         found = []
         for key in self._objects.keys(start):
             name, _, file = key.rpartition("/")
-            if file == MANIFEST and _NAME.fullmatch(name):
+            if file == MANIFEST and is_name(name):
                 found.append(name)
             elif file == MANIFEST:
                 log.warning("%s/%r is no name of ditty's: passed over", self.url, key)
         return found
+
+    def unfinished(self, prefix: str) -> list[str]:
+        """Names below `prefix` that have files and no manifest, sorted: being put, or half gone."""
+        parents = {key.rpartition("/")[0] for key in self._objects.keys(f"{_checked(prefix)}/")}
+        done = self.names(prefix)
+        inside = tuple(f"{name}/" for name in done)
+        return sorted(p for p in parents if p not in done and not p.startswith(inside))
 
     def manifest(self, name: str) -> Manifest | None:
         """The manifest of `name`, or None where the server says that there is none.
@@ -138,7 +162,7 @@ class Remote:
             return None
         try:
             value = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactDamaged(f"{where} is not JSON: {error}") from error
         manifest = Manifest.from_json(value, where)
         _refuse_odd_paths(manifest, where)
@@ -146,6 +170,8 @@ class Remote:
 
     def get(self, name: str, final: Path) -> Manifest:
         """Fetch `name` and commit it as the directory `final`; a repeat finds it there.
+
+        The caller sees to it that nobody else makes `final` meanwhile.
 
         Raises:
             ArtifactDamaged: what is there does not match its manifest; `final` does not appear.
@@ -157,6 +183,7 @@ class Remote:
         if final.exists():
             stands = verify(final)
         else:
+            clear_staging(final)
             staging = staging_dir(final)
             try:
                 _need_room(staging, sum(size for size, _ in manifest.files.values()))
@@ -173,10 +200,35 @@ class Remote:
             except OSError as error:
                 raise StoreError(f"cannot write {final}: {error}") from error
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                remove_tree(staging)
         if stands.digest != manifest.digest:
             raise StoreError(f"{final} holds another content than {self.url}/{name}: move it away")
         return stands
+
+    def problems(self, name: str, scratch: Path) -> Iterator[tuple[str, bool]]:
+        """What is wrong with each file of `name`, fetched into `scratch` one after the other.
+
+        Yields:
+            (a sentence, whether it is about a file that the manifest does not list)
+        """
+        try:
+            manifest = self.manifest(name)
+        except ArtifactDamaged as error:
+            yield str(error), False
+            return
+        if manifest is None:
+            raise permanent(RemoteError(f"nothing is committed as {self.url}/{name}"))
+        listed = {f"{name}/{MANIFEST}"}
+        for path in manifest.files:
+            listed.add(f"{name}/{path}")
+            try:
+                self._fetch(name, manifest, scratch, path)
+            except ArtifactDamaged as error:
+                yield str(error), False
+            (scratch / path).unlink(missing_ok=True)
+        for key in self._objects.keys(f"{name}/"):
+            if key not in listed:
+                yield f"{self.url}/{key} is in no manifest", True
 
     def delete(self, name: str) -> None:
         """Remove `name`: the manifest first, so that a half-deleted one does not exist."""
@@ -225,7 +277,7 @@ class Remote:
             if not self._objects.download(f"{name}/{path}", local):
                 raise ArtifactDamaged(f"{where} is missing, although its manifest lists it")
             try:
-                _verify_file(local, size, sha256, f"the manifest of {where}")
+                check_file(local, size, sha256, f"the manifest of {where}")
                 return
             except ArtifactDamaged as error:  # in transfer, or at rest: ask again to know
                 if transfer == TRANSFERS:
@@ -247,8 +299,13 @@ def _open(url: str, patience: Patience) -> Objects:
     )
 
 
+def is_name(name: str) -> bool:
+    """Whether a committed directory can be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise permanent(RemoteError(f"{name!r} is no name of a committed directory"))
     return name
 
@@ -258,18 +315,8 @@ def _refuse_odd_paths(manifest: Manifest, where: str) -> None:
         # A second manifest inside would look like a commit of its own before the first is one.
         if path.rpartition("/")[2] == MANIFEST:
             raise ArtifactDamaged(f"{where} lists {path!r} as a file: rename that file")
-        if "\0" in path or any(str(p) in manifest.files for p in PurePosixPath(path).parents):
+        if any(str(p) in manifest.files for p in PurePosixPath(path).parents):
             raise ArtifactDamaged(f"{where} lists {path!r}, which cannot be written as a file")
-
-
-def _verify_file(path: Path, size: int, sha256: str, by: str) -> None:
-    if path.is_symlink() or not path.is_file():
-        raise ArtifactDamaged(f"{path} is missing or not a plain file")
-    got = path.stat().st_size
-    if got != size:
-        raise ArtifactDamaged(f"{path} has {got} bytes, {by} says {size}")
-    if sha256_file(path) != sha256:
-        raise ArtifactDamaged(f"{path} does not match the SHA-256 in {by}")
 
 
 def _need_room(directory: Path, needed: int) -> None:

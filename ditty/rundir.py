@@ -25,7 +25,8 @@ from typing import Any
 
 from ditty.artifacts import MANIFEST, default_home
 from ditty.errors import ArtifactDamaged, RunError
-from ditty.files import FileLock, is_held, make_dir, read_json, write_json
+from ditty.failpoints import fail_point
+from ditty.files import STAGING, FileLock, is_held, make_dir, read_json, remove_tree, write_json
 from ditty.spec import RUN_NAME
 
 CRASH_FILE = "crashed.json"  # the flow's, of an attempt that left no result
@@ -115,6 +116,16 @@ class RunDir:
                 steps.append(int(match[1]))
         return sorted(steps)
 
+    def clear_unfinished(self) -> None:
+        """Remove what saves, downloads and removals that were cut short have left.
+
+        The caller holds the training lock.
+        """
+        for path in self.checkpoints.glob("*"):
+            removed = STEP_NAME.fullmatch(path.name) and not (path / MANIFEST).exists()
+            if removed or path.name.startswith(STAGING):
+                remove_tree(path)
+
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of `step` stands, or will."""
         return self.checkpoints / step_name(step)
@@ -163,14 +174,19 @@ def best_step(checkpoint: Path) -> int | None:
     """The step whose weights are the best that a checkpoint knows of; None where it says nothing.
 
     Raises:
-        ArtifactDamaged: its state is not JSON.
+        ArtifactDamaged: its state is not JSON, or nonsense.
     """
     path = checkpoint / "state.json"
     try:
-        found: int | None = (read_json(path) or {}).get("best_step")
-    except ValueError as error:
+        state = read_json(path)
+    except (ValueError, RecursionError) as error:
         raise ArtifactDamaged(f"{path} is not JSON: {error}") from error
-    return found
+    if state is None:
+        return None
+    best = state.get("best_step") if isinstance(state, dict) else state
+    if not isinstance(state, dict) or (best is not None and type(best) is not int):
+        raise ArtifactDamaged(f"{path} has {best!r} where the best step should be")
+    return best
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -181,6 +197,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line
+        fail_point("append", path)
         os.write(fd, line)
     finally:
         os.close(fd)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ditty.errors import DittyError, RemoteDenied, RemoteError, SpecError, StoreError
+from ditty.failpoints import fail_point
 from ditty.files import sha256_bytes
 from ditty.objects import permanent
 
@@ -169,6 +170,7 @@ class Bucket:
         """
         assert len(data) < PART_BYTES, "an exclusive multipart upload is not exclusive"
         path = self._path(key)
+        fail_point("create", key)
         created = self._try(
             f"create {key}",
             lambda fs: fs.pipe_file(path, data, mode="create"),
@@ -185,6 +187,7 @@ class Bucket:
         extra: dict[str, Any] = {"Metadata": {"sha256": sha256}}
         if path.stat().st_size < 2 * PART_BYTES:  # one request
             extra["ChecksumSHA256"] = base64.b64encode(bytes.fromhex(sha256)).decode()
+        fail_point("put", key)
         self._try(
             f"write {key}",
             lambda fs: fs.put_file(
@@ -216,6 +219,7 @@ class Bucket:
 
     def download(self, key: str, path: Path) -> bool:
         """Copy an object to `path`; s3fs lets flipped bits and mixed versions through."""
+        fail_point("get", path)
         got = self._try(
             f"read {key}",
             lambda fs: fs.get_file(
@@ -234,6 +238,7 @@ class Bucket:
     def delete(self, key: str) -> None:
         """Remove an object; S3 says nothing of one that is absent."""
         where = {"Bucket": self.bucket, "Key": self.prefix + key}
+        fail_point("delete", key)
         self._try(
             f"delete {key}",
             lambda fs: fs.call_s3("delete_object", **where),
@@ -252,6 +257,7 @@ class Bucket:
 
     def _abort(self, key: str, upload_id: str) -> None:
         where = {"Bucket": self.bucket, "Key": key, "UploadId": upload_id}
+        fail_point("abort", key)
         self._try(
             f"abort an upload of {key}",
             lambda fs: fs.call_s3("abort_multipart_upload", **where),

@@ -4,7 +4,6 @@ One shard is made while the two before it are written, and a shard that stands i
 the memory of three shards, and of what making one of their pieces takes.
 """
 
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ditty.errors import StoreError
-from ditty.files import fsync_path, read_json, sha256_once, write_json
+from ditty.failpoints import fail_point
+from ditty.files import fsync_path, read_json, rename, sha256_once, unlink, write_json
 from ditty.modelfolder import INDEX, WEIGHTS, tokenizer_files
 from ditty.readahead import Span, read_ahead
 
@@ -92,9 +92,10 @@ class Shard:
         """Put it on the disk, then give it its name."""
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
+            fail_point("write", self.path)
             save_file(content, temporary, metadata={"format": "pt"})
             fsync_path(temporary)
-            os.replace(temporary, self.path)
+            rename(temporary, self.path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -148,7 +149,7 @@ def _remove_stale(plan: dict[str, Any], out: Path) -> None:
     if read_json(out / PLAN) != plan:
         stale += out.glob("*.safetensors")
     for path in stale:
-        path.unlink()
+        unlink(path)
 
 
 class _Writer:

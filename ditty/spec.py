@@ -24,6 +24,7 @@ from ditty.choices import (
     Sharding,
 )
 from ditty.dataspec import DataSpec, Section
+from ditty.s3 import scrub
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -225,8 +226,10 @@ class UploadSpec(Section):
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, url: str | None) -> str | None:
-        if url is not None and not re.fullmatch(r"s3://[^/@\s]+(/\S*)?|file:///.*", url):
-            raise ValueError(f"{url!r} is no target; expected s3://bucket/prefix or file:///folder")
+        if url is not None and not re.fullmatch(r"s3://[^/@\s]+(/\S*)?|file:///[^/].*", url):
+            raise ValueError(
+                f"{scrub(url)!r} is no target; expected s3://bucket/prefix or file:///folder"
+            )
         return url.rstrip("/") if url else url
 
 

@@ -12,7 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ditty.errors import SpecError
+from ditty.s3 import scrub
 from ditty.spec import RunSpec
+
+# PyYAML lets through what it meets on its way: bytes that are no text, 2026-13-45, a thousand "[".
+NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
@@ -28,7 +32,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"cannot read the spec {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NO_YAML as error:
         raise SpecError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise SpecError(
@@ -53,7 +57,8 @@ def parse_spec(values: dict[str, Any], where: str = "spec") -> RunSpec:
         return RunSpec.model_validate(values)
     except ValidationError as error:
         lines = [_explain(e) for e in error.errors()]
-        raise SpecError("\n".join(f"{where}: {line}" for line in lines)) from error
+        # Not `from error`: it holds what was given, maybe with a password.
+        raise SpecError(scrub("\n".join(f"{where}: {line}" for line in lines))) from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -73,7 +78,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise SpecError(f"--set {override!r}: {name} is not a section")
     try:
         target[last] = _number(yaml.safe_load(text))
-    except yaml.YAMLError as error:
+    except NO_YAML as error:
         raise SpecError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 

@@ -23,6 +23,7 @@ from ditty.errors import LESS_MEMORY, DittyError, OutOfMemory, Preempted, RunBus
 from ditty.files import read_json, write_json
 from ditty.readahead import read_folder_ahead
 from ditty.rundir import Result, RunDir, Status, write_result
+from ditty.signals import show_stack_when_asked
 from ditty.spec import RunSpec
 
 log = logging.getLogger("ditty.worker")
@@ -258,7 +259,9 @@ def _load(job: Job, world: Any) -> tuple[Any, Any, Any]:
 def _heartbeat(attempt: Path, rank: int) -> Any:
     from ditty.heartbeat import Heartbeat
 
-    return Heartbeat(attempt / "heartbeat" / f"rank_{rank:05d}.json")
+    path = attempt / "heartbeat" / f"rank_{rank:05d}.json"
+    show_stack_when_asked(path)
+    return Heartbeat(path)
 
 
 def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str, Any]) -> None:

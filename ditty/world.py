@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ditty.errors import RunError
+from ditty.failpoints import fail_point
 
 COLLECTIVE_TIMEOUT_SECONDS = 600.0  # the spec's default
 
@@ -56,6 +57,7 @@ class World:
         """One small picklable value a process, in rank order."""
         if self.world_size == 1:
             return [value]
+        fail_point("barrier", "main" if self.group is None else "aside")
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values

@@ -21,6 +21,7 @@ from ditty.specfile import load_spec
 from flows.bench_command import bench
 from flows.preview_command import preview_command
 from flows.serve_command import deploy, serve
+from flows.verify_command import verify
 from flows.watch_commands import logs, status
 
 app = typer.Typer(
@@ -264,6 +265,7 @@ COMMANDS = (
     quantize,
     bench,
     lineage,
+    verify,
     serve,
     deploy,
 )

@@ -6,8 +6,6 @@ goes the best one that it knows of, and goes first: a resume needs both.
 
 import contextvars
 import logging
-import os
-import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 from ditty.artifacts import Store, staging_dir
 from ditty.errors import ArtifactDamaged, DittyError, StoreError
-from ditty.files import GLANCE_SECONDS, fsync_path
+from ditty.files import GLANCE_SECONDS, fsync_path, remove_tree, rename
 from ditty.identity import check_identity
 from ditty.remote import Remote, final_name
 from ditty.rundir import STEP_NAME, RunDir, best_step, step_name
@@ -89,12 +87,12 @@ def _fetch(run: RunDir, remote: Remote, step: int, identity: dict[str, Any]) -> 
         best = best_step(waiting)
         if best is not None and best != step and best in there:
             _get(remote, remote_name(run.root.name, best), run.checkpoint(best), identity)
-        os.rename(waiting, run.checkpoint(step))
+        rename(waiting, run.checkpoint(step))
         fsync_path(run.checkpoints)
     except OSError as error:
         raise StoreError(f"cannot write {run.checkpoint(step)}: {error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
 
 
 def _get(remote: Remote, name: str, final: Path, identity: dict[str, Any]) -> None:
@@ -191,9 +189,16 @@ class Mirror:
         return True
 
     def _retire(self, best: int | None) -> None:
-        """Remove the oldest beyond `keep`; `best` is that of the newest, which may be gone here."""
-        steps = remote_steps(self.remote, self.run.root.name)
+        """Remove the oldest beyond `keep`; `best` is that of the newest, which may be gone here.
+
+        And what is left of one whose removal was cut short.
+        """
+        run_name = self.run.root.name
+        steps = remote_steps(self.remote, run_name)
         spared = {best, *(best_step(self.run.checkpoint(step)) for step in steps[-self.keep :])}
         for step in steps[: -self.keep]:
             if step not in spared:
-                self.remote.delete(remote_name(self.run.root.name, step))
+                self.remote.delete(remote_name(run_name, step))
+        for name in self.remote.unfinished(f"{run_name}/checkpoints"):
+            if name < remote_name(run_name, steps[0]):
+                self.remote.delete(name)

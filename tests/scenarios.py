@@ -124,14 +124,14 @@ def serve(path: Path) -> None:
     else:  # CUDA does not survive a fork: ranks import for themselves, and do several scenarios
         together = [list(g) for _, g in groupby(scenarios, lambda s: s["processes"])]
     for several in together:
-        port, size = _free_port(), several[0]["processes"]
+        port, size = free_port(), several[0]["processes"]
         ranks = [_fork(path, several, device, (r, size, port)) for r in range(size)]
         signals = [os.WTERMSIG(status) for status in (os.waitpid(r, 0)[1] for r in ranks)]
         if any(signals):
             Path(f"{path}.{several[-1]['name']}.json").write_text(json.dumps({"signals": signals}))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -4,15 +4,24 @@ The numbers of every strategy: test_strategies.py.
 """
 
 import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from ditty import launch
 from ditty.artifacts import Store
+from ditty.errors import Crashed
 from ditty.rundir import RunDir, Status
 from ditty.spec import ModelSpec
 from ditty.specfile import parse_spec
+from flows import watch
+from flows.watch import StallWatch
 from tests.tables_for_tests import write_rows
 from tests.tiny import make_model_folder, random_rows
 
@@ -28,10 +37,13 @@ def inputs(tmp_path_factory):
     return root
 
 
-def run_training(inputs, home, processes: int, *, stop_at=None, device="cpu", **changes):
+def run_training(
+    inputs, home, processes: int, *, stop_at=None, device="cpu", check=None, **changes
+):
     """One attempt through accelerate; returns (result, run directory, attempt).
 
     `stop_at`: ask for a stop once this step is in the log; the real one comes a little later.
+    `check`: called once a second with the run directory and the attempt; may raise.
     `changes`: keys of the spec's sections `model` and `train`.
     """
     values = {
@@ -46,7 +58,12 @@ def run_training(inputs, home, processes: int, *, stop_at=None, device="cpu", **
             "learning_rate": 1e-3,
             "save_steps": 1000,
         },
-        "launch": {"num_processes": processes, "device": device, "threads": 1},
+        "launch": {
+            "num_processes": processes,
+            "device": device,
+            "threads": 1,
+            "grace_seconds": 2,
+        },
     }
     for name, value in changes.items():
         values["model" if name in ModelSpec.model_fields else "train"][name] = value
@@ -70,7 +87,13 @@ def run_training(inputs, home, processes: int, *, stop_at=None, device="cpu", **
             run.stop_file.touch()
 
     result = launch.run_stage(
-        "train", job, attempt, spec.launch, distributed=True, on_line=on_line, check=lambda: None
+        "train",
+        job,
+        attempt,
+        spec.launch,
+        distributed=True,
+        on_line=on_line,
+        check=lambda: check(run, attempt) if check else None,
     )
     assert result.status is not Status.FAILED, "\n".join(lines)
     run.stop_file.unlink(missing_ok=True)
@@ -97,3 +120,29 @@ def test_two_processes_stop_when_asked_and_go_on(inputs, tmp_path):
     assert (result.status, result.step) == (Status.OK, 60)
     assert json.loads((run.checkpoint(60) / "state.json").read_text())["world_size"] == 2
     assert len(losses(run)) == 60 and adapter(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_found_named_and_ended(inputs, tmp_path, monkeypatch):
+    """One process is stopped in the middle of training; the other one waits for it."""
+    monkeypatch.setitem(watch.PHASE_SECONDS, "data", 4.0)
+    monkeypatch.setitem(watch.PHASE_SECONDS, "step", 4.0)
+    pids: dict[str, int] = {}
+    watches: list[StallWatch] = []
+
+    def check(run: RunDir, attempt: Path) -> None:
+        if not pids and len(losses(run)) >= 3:
+            beats = sorted((attempt / "heartbeat").glob("*.json"))
+            pids.update({p.stem: json.loads(p.read_text())["pid"] for p in beats})
+            os.kill(pids["rank_00001"], signal.SIGSTOP)
+            watches.append(StallWatch(attempt / "heartbeat"))
+        for stall in watches:
+            stall.check()
+
+    options: dict[str, Any] = {"max_steps": 5000, "save_steps": 5000}
+    with pytest.raises(Crashed, match="it hangs, and was ended") as caught:
+        run_training(inputs, tmp_path, 2, check=check, **options)
+    zero, one = re.findall(r"\nrank_0000[01]: .*(?:\n  .*)*", str(caught.value))
+    assert "in all_reduce" in zero and "in fit" in zero, "what it waits in, and how it got there"
+    assert "stopped: it shows no stack" in one
+    assert len(pids) == 2 and not any(psutil.pid_exists(pid) for pid in pids.values())

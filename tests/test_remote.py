@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def test_round_trip_is_byte_for_byte(outside: Outside, tmp_path: Path) -> None:
     assert digest == got.digest == read_manifest(source).digest == remote.manifest(NAME).digest
     assert [p.name for p in (tmp_path / "there").iterdir()] == ["again"]
     assert remote.get(NAME, tmp_path / "there" / "again") == got
+
+
+def test_what_a_killed_check_left_goes_after_an_hour(outside: Outside) -> None:
+    now = int(time.time())
+    old, young = (f"ditty-probe-{now - seconds}-{'a' * 32}" for seconds in (4000, 60))
+    for key in (old, young, "ditty-probe-mine"):
+        outside.write(key, b"")
+    if outside.folder:
+        for name, seconds in ((".tmp-old", 4000), (".tmp-young", 60)):
+            outside.write(name, b"")
+            os.utime(outside.folder / name, (now - seconds, now - seconds))
+    Remote(outside.url, QUICK).check()
+    left = [".tmp-young"] if outside.folder else []
+    assert outside.keys() == [*left, young, "ditty-probe-mine"]
 
 
 def test_get_keeps_another_content_that_stands_there(outside: Outside, tmp_path: Path) -> None:

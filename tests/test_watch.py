@@ -2,12 +2,19 @@
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from ditty.errors import Crashed
-from flows.watch import StallWatch, level_of
+from flows.watch import StallWatch, level_of, what_ranks_do
+from tests.processes import ROOT
 
 
 @pytest.mark.parametrize(
@@ -95,3 +102,89 @@ def test_a_checkpoint_may_take_an_hour(ranks: Ranks) -> None:
 def test_no_heartbeat_yet_is_no_stall(ranks: Ranks) -> None:
     ranks.after(0)
     ranks.after(1e6)
+
+
+HANGING = """
+import sys, threading, time
+from pathlib import Path
+from ditty import worker
+
+def read_ahead():
+    time.sleep(600)
+
+def wait_for_a_peer(seconds):
+    print("hangs", flush=True)
+    time.sleep(seconds)
+
+attempt, rank, registers = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+if not registers:
+    worker.show_stack_when_asked = lambda heartbeat: None
+beat = worker._heartbeat(attempt, rank)
+beat("step", 4)
+threading.Thread(target=read_ahead, daemon=True).start()
+wait_for_a_peer(600)
+"""
+
+
+class Hanging(ExitStack):
+    """Processes with the worker's own heartbeats that do not get on."""
+
+    def __init__(self, attempt: Path):
+        super().__init__()
+        self.attempt, self.children = attempt, []
+
+    def start(self, registers: bool = True) -> "subprocess.Popen[str]":
+        arguments = [str(self.attempt), str(len(self.children)), str(registers)]
+        child = self.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-c", HANGING, *arguments],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        self.callback(child.kill)
+        assert child.stdout and child.stdout.readline() == "hangs\n"
+        self.children.append(child)
+        return child
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[Hanging]:
+    with Hanging(tmp_path / "0001") as hanging:
+        yield hanging
+
+
+def test_the_report_says_what_each_rank_does(hanging: Hanging) -> None:
+    waiting, stopped, dead = (hanging.start() for _ in range(3))
+    stacks = hanging.attempt / "heartbeat/rank_00000.stack"
+    stacks.write_text("Current thread 0x1 (most recent call first):\n  in an_earlier_answer\n\n")
+    stopped.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+    dead.kill()
+    dead.wait()
+    now = 1000.0
+    stall = StallWatch(hanging.attempt / "heartbeat", clock=lambda: now)
+    stall.check()
+    now += 901
+    with pytest.raises(Crashed, match=r"rank_00000 \(pid \d+\) .* phase step of step 4") as caught:
+        stall.check()
+    zero, one, two = str(caught.value).split("\nrank_0000")[1:]
+    assert "in wait_for_a_peer" in zero and "read_ahead" not in zero, "the thread that trains"
+    assert "an_earlier_answer" not in zero
+    assert zero.index("in wait_for_a_peer") < zero.index("in <module>")
+    assert "phase step of step 4, stopped: it shows no stack" in one
+    assert "gone: it shows no stack" in two
+    assert waiting.poll() is None and stopped.poll() is None, "it only looked"
+    assert "in read_ahead" in stacks.read_text(), "the file has all threads"
+
+
+def test_no_signal_to_who_would_die_of_it(hanging: Hanging) -> None:
+    """One that does not know the signal yet, and a stranger that has the number of a rank."""
+    early, other = hanging.start(registers=False), hanging.start()
+    path = hanging.attempt / "heartbeat/rank_00001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pid_start": 1.0}))
+    told = what_ranks_do(path.parent)
+    assert told.count("it shows no stack") == 2 and "gone" in told.splitlines()[-1]
+    assert early.poll() is None and other.poll() is None
+    assert not (path.parent / "rank_00001.stack").read_text()

@@ -1,0 +1,400 @@
+"""Work that is killed at each fail point in turn, and then done again, after one import.
+
+    python -m tests.killed FILE
+
+A work is what one process does between two states of a home: the data stages, quantizing,
+training, copying to a target and back. For each, an undisturbed process writes down the points that
+it passes; then, from the same start, one process after the other dies at one of them, and another
+one follows.
+"""
+
+import gc
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ditty import stages
+from ditty.artifacts import MANIFEST, Store, verify
+from ditty.errors import ArtifactDamaged
+from ditty.failpoints import LOG_VARIABLE, VARIABLE
+from ditty.files import locked, read_json, sha256_file, write_json
+from ditty.remote import PROBE, Remote, final_name
+from ditty.rundir import RunDir
+from ditty.spec import RunSpec
+from tests.scenarios import ROOT, Spy, free_port
+
+STEPS = 3  # keep_checkpoints + 1: the last save removes the first
+LEFT = re.compile(r"\.(tmp|part|bad)-.*|\..*\.tmp")
+
+log = logging.getLogger(__name__)
+
+
+class Place:
+    """A home, and what is done there.
+
+    Args:
+        inputs: holds rows.jsonl and model/.
+        s3: `s3://bucket` of the copies; none: a folder in the home.
+        ranks: processes that do it together.
+    """
+
+    def __init__(self, inputs: Path, home: Path, s3: str | None = None, ranks: int = 1):
+        self.inputs, self.home, self.ranks = inputs, home, ranks
+        self.store = Store(home / "ditty")
+        self.url = f"{s3}/{home.parent.name}" if s3 else (home / "target").as_uri()
+
+    @property
+    def spec(self) -> RunSpec:
+        """A run whose every step is a checkpoint, and whose dropout shows what the RNG did."""
+        return RunSpec.model_validate(
+            {
+                "name": "killed",
+                "data": {
+                    "source": str(self.inputs / "rows.jsonl"), "seq_len": 64, "eval_max_rows": 2,
+                },
+                "model": {
+                    "base_model": str(self.inputs / "model"), "quantization": "nf4", "lora_r": 2,
+                    "lora_dropout": 0.1, "attention": "sdpa",
+                },
+                "train": {
+                    "max_steps": STEPS, "precision": "fp32", "save_steps": 1, "num_samples": 1,
+                    "gradient_accumulation_steps": 1, "sample_max_tokens": 1,
+                },
+                "launch": {"device": "cpu", "threads": 1, "num_processes": self.ranks},
+            }
+        )  # fmt: skip
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir.named(self.spec.name, self.store.home)
+
+    def line(self) -> stages.StageLine:
+        return stages.resolve(self.spec, self.store)
+
+
+def make_data(place: Place) -> None:
+    """The data stages."""
+    line = place.line()
+    for ref in line.data():
+        with locked(place.store.lock(ref.stage, ref.key).path):
+            stages.build_data(ref, line, place.spec, place.store)
+
+
+def quantize(place: Place) -> None:
+    """The stage that a killed process's heir goes on with."""
+    _worker(place, "prequantize", place.inputs / "model")
+
+
+def train(place: Place) -> None:
+    """A whole training by the worker, its checkpoints, and its result."""
+    import ditty.feed
+
+    packed_feed = ditty.feed.packed_feed
+
+    def spied(*args: Any) -> Spy:
+        spy = Spy(packed_feed(*args), {})
+        spy.seen = _Written(place.home / f"rows-of-rank-{os.environ.get('RANK', 0)}")
+        return spy
+
+    ditty.feed.packed_feed = spied
+    ref = place.line().need("prequantize")
+    _worker(place, "train", place.store.path(ref.stage, ref.key))
+
+
+def copy(place: Place) -> None:
+    """Checkpoint and result to the target, and from there to another machine."""
+    from flows.mirror import Mirror, fetch_newer, fetch_result, remote_name
+
+    remote, ref = Remote(place.url), place.line().need("train")
+    remote.check()
+    if not remote.names():
+        remote.put(place.run.checkpoint(STEPS - 1), remote_name("killed", STEPS - 1))
+    with Mirror(place.run, remote, 1, log):
+        pass  # it copies the newest before it leaves, and removes the older one
+    remote.put(place.store.path(ref.stage, ref.key), final_name("killed", ref.key))
+    other = Place(place.inputs, place.home / "other")
+    fetch_newer(other.run, remote, ref.inputs, log)
+    other.run.clear_unfinished()  # as the training does that follows
+    with locked(other.store.lock(ref.stage, ref.key).path):
+        fetch_result(other.store, remote, "killed", ref.key, log)
+    remote.delete(final_name("killed", ref.key))
+
+
+WORKS: dict[str, Callable[[Place], None]] = {
+    work.__name__: work for work in (make_data, quantize, train, copy)
+}
+
+
+class _Written(dict[int, list[int]]):
+    """Rows by step, in a file that outlives us."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __setitem__(self, step: int, rows: list[int]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps([step, rows]) + "\n")
+
+
+def _worker(place: Place, stage: str, model_dir: Path) -> None:
+    from ditty import worker
+
+    line = place.line()
+    ref, pack = line.need(stage), line.need("pack")
+    attempt = place.run.attempts(stage)[-1]
+    job = {
+        "home": str(place.store.home),
+        "spec": place.spec.model_dump(mode="json"),
+        "key": ref.key,
+        "inputs": ref.inputs,
+        "model_dir": str(model_dir),
+        "data_dir": str(place.store.path(pack.stage, pack.key)),
+        "device": "cpu",
+    }
+    temporary = attempt / f"job-{os.getpid()}"  # each rank writes it, the same
+    temporary.write_text(json.dumps(job))
+    temporary.replace(attempt / "job.json")
+    assert worker.main([stage, str(attempt)]) == 0, (attempt / "result.json").read_text()
+
+
+def outcome(place: Place) -> dict[str, Any]:
+    """All that must not depend on a kill: files, losses, learning rates, rows of each step."""
+    found: dict[str, Any] = {
+        str(path.relative_to(place.home)): sha256_file(path)
+        for path in sorted(place.home.rglob("*"))
+        if path.is_file() and _counts(path.relative_to(place.home))
+    }
+    for record in place.run.metrics():
+        of = f"{record['kind']} {record['step']}"
+        found[of] = [record["loss"].hex(), record.get("learning_rate", 0.0).hex()]
+    if place.url.startswith("s3:"):
+        keys = Remote(place.url)._objects.keys("")
+        found["target"] = [key for key in keys if not key.startswith(PROBE)]
+    for step, rank, rows in _rows_of_steps(place):
+        name = f"rows of step {step}, rank {rank}"
+        assert found.setdefault(name, rows) == rows, f"{name}: others than before"
+    return found
+
+
+def _counts(path: Path) -> bool:
+    # Manifests say when; attempts, locks and what only grows are other each time.
+    return path.name != MANIFEST and ("store" in path.parts or "checkpoints" in path.parts)
+
+
+def _rows_of_steps(place: Place) -> list[tuple[int, int, list[int]]]:
+    """(step, rank, rows), as often as they were taken."""
+    return [
+        (step, int(path.name.rpartition("-")[2]), rows)
+        for path in sorted(place.home.glob("rows-of-rank-*"))
+        for step, rows in map(json.loads, path.read_text().splitlines())
+    ]
+
+
+def damaged(place: Place) -> list[str]:
+    """Whatever counts as committed and does not verify."""
+    found = []
+    for manifest in place.home.rglob(MANIFEST):
+        if not any(LEFT.fullmatch(part) for part in manifest.relative_to(place.home).parts):
+            try:
+                verify(manifest.parent)
+            except ArtifactDamaged as error:
+                found.append(str(error))
+    return found
+
+
+def left_behind(place: Place) -> list[str]:
+    """What nobody will ever finish: staging, set aside, files that belong to no manifest.
+
+    Attempts are kept as they ended.
+    """
+    found = []
+    for path in sorted(place.home.rglob("*")):
+        name = path.relative_to(place.home)
+        if "stages" not in name.parts and LEFT.fullmatch(path.name) and not _of_probe(path):
+            found.append(str(name))
+    committed = [m.parent for m in place.home.rglob(MANIFEST)]
+    for root in ("ditty/store", "ditty/runs/killed/checkpoints", "target"):
+        for path in (place.home / root).rglob("*"):
+            owned = any(path.is_relative_to(c) for c in committed)
+            if path.is_file() and not owned and not _of_probe(path):
+                found.append(str(path.relative_to(place.home)))
+    return found
+
+
+def _of_probe(path: Path) -> bool:
+    return path.parent.name == "target"  # what a killed one leaves goes after an hour
+
+
+def ends(work: str, place: Place, environment: dict[str, str], rank: int = 0) -> dict[int, int]:
+    """Do `work` in processes of its own, `rank` in a special environment; exit codes by rank.
+
+    As `os.waitstatus_to_exitcode` has them: -9 is SIGKILL. After the first failure there are no
+    more: the other processes are ended, as a launcher ends them.
+    """
+    if work in ("quantize", "train"):
+        place.run.new_attempt({"quantize": "prequantize"}.get(work, work))
+    children, port = {}, free_port()
+    for number in range(place.ranks):
+        mine = {"DITTY_HOME": str(place.store.home)} | (environment if number == rank else {})
+        if place.ranks > 1:
+            names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": place.ranks}
+            mine |= {k: str(v) for k, v in (names | {"MASTER_PORT": port}).items()}
+            mine["MASTER_ADDR"] = "127.0.0.1"
+        children[_fork(work, place, mine)] = number
+    codes: dict[int, int] = {}
+    while children:
+        child, status = os.wait()
+        number = children.pop(child)
+        if not any(codes.values()):
+            codes[number] = os.waitstatus_to_exitcode(status)
+            if codes[number]:
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+    return codes
+
+
+def _fork(work: str, place: Place, environment: dict[str, str]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ.update(environment)
+        WORKS[work](place)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Turn:
+    """One work of a job, and the start of each of its processes.
+
+    Attributes (keys of the job): work, and optionally s3, ranks, rank (that dies), only (a regular
+    expression of points), all (points, or one of each kind), every (n-th of those), keep (what it
+    made is the start of the works after it).
+    """
+
+    def __init__(self, inputs: Path, start: Path, turn: dict[str, Any]):
+        self.inputs, self.start, self.turn = inputs, start, turn
+        self.work, self.rank = turn["work"], turn.get("rank", 0)
+
+    def fresh(self, name: str) -> Place:
+        home = self.start.with_name(f"{self.turn.get('number')}-{name}") / "home"
+        shutil.copytree(self.start, home)
+        return Place(self.inputs, home, self.turn.get("s3"), self.turn.get("ranks", 1))
+
+    def take(self) -> Iterator[tuple[str, Any]]:
+        """(name, what happened) of the undisturbed process, and of one killed at each point."""
+        oracle = self.fresh("oracle")
+        log = self.start.with_name("points")
+        log.unlink(missing_ok=True)
+        ended = ends(self.work, oracle, {LOG_VARIABLE: str(log)}, self.rank)
+        assert not any(ended.values()), f"{self.work} ended with {ended}"
+        passed, expected = log.read_text().splitlines(), outcome(oracle)
+        yield "oracle", {"points": passed, "left": left_behind(oracle), "outcome": expected}
+        for number, point in enumerate(self._chosen(passed)):
+            yield point, self._killed_at(point, self.fresh(str(number)), expected)
+        if self.turn.get("keep"):
+            shutil.rmtree(self.start)
+            oracle.home.rename(self.start)
+        shutil.rmtree(oracle.home.parent)
+
+    def _chosen(self, passed: list[str]) -> list[str]:
+        """Points to die at: of each kind (all steps, keys and files are one) the middle pass."""
+        passed = [point for point in passed if re.search(self.turn.get("only", ""), point)]
+        if self.turn.get("all"):
+            return passed
+        kinds: dict[str, list[str]] = {}
+        for point in passed:
+            act, _, where = point.rpartition(" ")[0].partition(" ")
+            folder, _, name = where.partition("/")
+            if name not in (MANIFEST, "result.json") and "." in name.lstrip("."):
+                name = "*"
+            kind = re.sub(r"[0-9a-f]{64}|\d+", "*", f"{act} {folder}/{name}")
+            kinds.setdefault(kind, []).append(point)
+        middle = [points[len(points) // 2] for points in kinds.values()]
+        return middle[:: self.turn.get("every", 1)]
+
+    def _killed_at(self, point: str, place: Place, expected: dict[str, Any]) -> dict[str, Any]:
+        ended = ends(self.work, place, {VARIABLE: point}, self.rank)
+        told: dict[str, Any] = {"ended": ended.get(self.rank), "damaged": damaged(place)}
+        told["saved"] = max(place.run.committed_steps(), default=0)
+        before = Counter(step for step, *_ in _rows_of_steps(place))
+        told["again"] = list(ends(self.work, place, {}).values())
+        again = Counter(step for step, *_ in _rows_of_steps(place)) - before
+        told["resumed"] = min(again, default=STEPS)
+        got = outcome(place)
+        told["other"] = sorted(
+            k
+            for k in {*expected, *got}
+            if expected.get(k) != got.get(k) and not ("checkpoints/step" in k and k not in expected)
+        )  # an old checkpoint may stay until the next save
+        told["left"] = left_behind(place)
+        shutil.rmtree(place.home.parent)
+        return told
+
+
+def serve(path: Path) -> None:
+    """Do what the job in `path` says; the answers go beside it."""
+    import datasets  # noqa: F401  (imported once, before the forks)
+    import peft  # noqa: F401
+    import s3fs  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    import ditty.load
+    import ditty.trainer  # noqa: F401
+    import flows.mirror  # noqa: F401
+
+    get_checkpoint_conversion_mapping("llama")
+    gc.freeze()
+    job = json.loads(path.read_text())
+    start = path.with_name("start")
+    start.mkdir()
+    inputs = Path(job["inputs"])
+    told = []
+    for number, turn in enumerate(job["turns"]):
+        told.append(dict(Turn(inputs, start, {**turn, "number": number}).take()))
+    write_json(path.with_suffix(".told"), told)
+
+
+def launch(path: Path, inputs: Path, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each turn {point: what happened}, from a process that imports once; see `Turn`."""
+    job = {"inputs": str(inputs), "turns": turns}
+    path.write_text(json.dumps(job))
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    output = path.with_suffix(".output")
+    with open(output, "wb") as file:
+        code = subprocess.call(
+            [sys.executable, "-m", "tests.killed", str(path)],
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    told: list[dict[str, Any]] | None = read_json(path.with_suffix(".told"))
+    assert code == 0 and told is not None, output.read_text()[-6000:]
+    return told
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
