@@ -175,6 +175,8 @@ def outcome(place: Place) -> dict[str, Any]:
         if path.is_file() and _counts(path.relative_to(place.home))
     }
     for record in place.run.metrics():
+        if record["kind"] == "save":  # as often as it was killed
+            continue
         of = f"{record['kind']} {record['step']}"
         found[of] = [record["loss"].hex(), record.get("learning_rate", 0.0).hex()]
     if place.url.startswith("s3:"):
