@@ -1,0 +1,194 @@
+"""How fast rows become packed tokens, beside the tokenizer alone, `datasets.map` and TRL.
+
+    python -m tests.bench_data [--megabytes 200] [--home DIR]
+
+The rows are Python sources of this machine's libraries, as JSON lines; the tokenizer is SmolLM2's.
+Each measurement runs in a process of its own, all in one call, since machines differ:
+
+- raw: `encode_batch_fast` of the texts, nothing kept, on all cores;
+- ours: load, filter, map, tokenize and pack, each stage committed (written, hashed, synced);
+- again: the same once more, all cached;
+- map: `datasets`: load, tokenize by `map` with a process a core; nothing packed;
+- trl: SFTTrainer's own preparation, packing on, with a process a core.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROW_BYTES = (200, 100_000)  # of a source file that is taken
+CORES = len(os.sched_getaffinity(0))
+
+
+def clean(row):
+    """The filter of the measurement."""
+    return len(row["text"]) > 300
+
+
+def stripped(row):
+    """The map of the measurement."""
+    return {"text": row["text"].strip()}
+
+
+def write_rows(path, megabytes):
+    """Python sources of the installed libraries; the same ones each time."""
+    import torch
+
+    folder, size = Path(torch.__file__).parent.parent, 0
+    with path.open("w") as out:
+        for file in sorted(folder.rglob("*.py")):
+            data = file.read_bytes()
+            if not ROW_BYTES[0] <= len(data) <= ROW_BYTES[1]:
+                continue
+            try:
+                out.write(json.dumps({"text": data.decode()}) + "\n")
+            except UnicodeDecodeError:
+                continue
+            size += len(data)
+            if size >= megabytes * 1_000_000:
+                return
+    print(f"only {size / 1e6:.0f} MB of sources are here")
+
+
+def peak_mb():
+    """Peak resident memory of this process."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) // 1024
+
+
+def job_raw(args):
+    from transformers import AutoTokenizer
+
+    backend = AutoTokenizer.from_pretrained(args.model).backend_tokenizer
+    texts = [json.loads(line)["text"] for line in args.rows.open()]
+    started, tokens = time.perf_counter(), 0
+    for first in range(0, len(texts), 1000):
+        encoded = backend.encode_batch_fast(texts[first : first + 1000])
+        tokens += sum(len(e.ids) for e in encoded)
+    return {"seconds": time.perf_counter() - started, "tokens": tokens}
+
+
+def job_ours(args):
+    import transformers  # noqa: F401  (its import is not what is measured)
+
+    from ditty import stages
+    from ditty.artifacts import Store
+    from ditty.spec import RunSpec
+
+    here = Path(__file__)
+    operations = [{"method": m, "function": f"{here}:{f}"} for m, f in
+                  (("filter", "clean"), ("map", "stripped"))]  # fmt: skip
+    spec = RunSpec.model_validate(
+        {
+            "name": "bench",
+            "data": {
+                "source": str(args.rows), "format": "text", "seq_len": 2048,
+                "operations": operations, "num_proc": CORES,
+            },
+            "model": {"base_model": str(args.model)},
+            "launch": {"device": "cpu"},
+        }
+    )  # fmt: skip
+    store = Store(args.home / "store")
+    started = time.perf_counter()
+    line = stages.resolve(spec, store)
+    found = {}
+    for ref in line.data():
+        begun = time.perf_counter()
+        facts = stages.build_data(ref, line, spec, store).facts
+        found[ref.stage] = round(time.perf_counter() - begun, 2)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "stages": found, "fill_rate": facts["fill_rate"]}
+
+
+job_again = job_ours
+
+
+def job_map(args):
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    cache = str(args.home / "datasets")
+    started = time.perf_counter()
+    rows = load_dataset("json", data_files=str(args.rows), split="train", cache_dir=cache)
+    rows.map(
+        lambda batch: tokenizer(batch["text"]), batched=True, num_proc=CORES,
+        remove_columns=["text"],
+    )  # fmt: skip
+    return {"seconds": time.perf_counter() - started}
+
+
+def job_trl(args):
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+    cache = str(args.home / "trl")
+    started = time.perf_counter()
+    rows = load_dataset("json", data_files=str(args.rows), split="train", cache_dir=cache)
+    options = SFTConfig(
+        output_dir=str(args.home / "out"), packing=True, max_length=2048, use_cpu=True,
+        dataset_num_proc=CORES, report_to=[], bf16=False,
+    )  # fmt: skip
+    SFTTrainer(
+        LlamaForCausalLM(config), args=options, train_dataset=rows, processing_class=tokenizer
+    )
+    return {"seconds": time.perf_counter() - started}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--megabytes", type=float, default=200)
+    parser.add_argument("--home", type=Path, default=Path("/tmp/ditty-bench-data"))  # noqa: S108
+    parser.add_argument("--jobs", default="raw,ours,again,map,trl")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.rows, args.model = args.home / "rows.jsonl", args.home / "model"
+    if args.job:
+        found = globals()[f"job_{args.job}"](args)
+        print(json.dumps(found | {"peak_mb": peak_mb()}))
+        return
+    prepare(args)
+    results = {}
+    for job in args.jobs.split(","):
+        command = [sys.executable, "-m", "tests.bench_data", "--job", job, "--home", args.home]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+        environment |= {"HF_HOME": str(args.home / "hf")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(job, "FAILED", done.stderr[-2000:], flush=True)
+            continue
+        results[job] = found = json.loads(done.stdout.splitlines()[-1])
+        rate = results["raw"]["tokens"] / found["seconds"] / 1e6
+        share = results["raw"]["seconds"] / found["seconds"]
+        print(f"{job:6} {rate:6.2f} Mtok/s, {share:.2f} of raw: {json.dumps(found)}", flush=True)
+
+
+def prepare(args):
+    """The rows and the tokenizer's folder; a store of an earlier call goes."""
+    import shutil
+
+    from ditty.convert import convert_gguf
+    from ditty.demo_model import smollm2
+
+    args.home.mkdir(parents=True, exist_ok=True)
+    for name in ("store", "datasets", "trl", "out"):
+        shutil.rmtree(args.home / name, ignore_errors=True)
+    if not args.rows.exists():
+        write_rows(args.rows, args.megabytes)
+    if not args.model.exists():
+        convert_gguf(Path(smollm2(args.home)), args.model)
+
+
+if __name__ == "__main__":
+    main()
