@@ -125,7 +125,7 @@ class Sharding(StrEnum):
     `none`: one process. `ddp`: each process holds everything. `fsdp2`: weights, gradients and
     optimizer are cut over all processes (PyTorch's fully_shard). `hybrid`: cut over the processes
     of a machine, and repeated on each machine. `zero3`: DeepSpeed ZeRO stage 3. `auto`: `none` for
-    one process, `ddp` for several.
+    one process; for several `ddp`, or `fsdp2` where a copy of everything does not fit a GPU.
     """
 
     AUTO = "auto"

@@ -53,8 +53,10 @@ def _with_sharding(spec: RunSpec, model_dir: Path | None) -> tuple[RunSpec, str]
         return spec, ""
     replicas = _with_train(spec, sharding=Sharding.DDP)
     memory = expected_memory(replicas, model_dir)
-    if memory is None or memory.budget is None:
+    if resolve_device(spec.launch) != Device.CUDA:
         return replicas, ""
+    if memory is None or memory.budget is None:
+        return replicas, "train.sharding is ddp: the memory that it takes, or there is, is unknown"
     sizes = f"{memory.peak / 1e9:.1f} of {memory.budget / 1e9:.1f} GB a process"
     if memory.fits:
         return replicas, f"train.sharding is ddp: a copy of everything fits ({sizes})"

@@ -175,6 +175,8 @@ def plan_memory(
         budget: bytes that a process may use; None: no bound is known.
     """
     choice = train.activation_checkpointing
+    if choice is ActivationCheckpointing.AUTO and train.sharding is Sharding.ZERO3:
+        choice = ActivationCheckpointing.NONE  # DeepSpeed recomputes all blocks or none
     if choice is ActivationCheckpointing.NONE or (
         choice is ActivationCheckpointing.AUTO and budget is None
     ):
@@ -197,6 +199,7 @@ def budget_of(train: TrainSpec, card_bytes: float) -> float:
 
 
 def _memory(train: TrainSpec, sizes: Sizes, held: Held, tokens: int, recomputed: int) -> Memory:
+    """At the end of the forward pass, or of the backward pass, where all gradients are there."""
     size = itemsize(train.precision)
     a_block, boundary = _block_elements(sizes, held) * size, sizes.hidden * size
     kept = sizes.layers - recomputed
@@ -208,7 +211,7 @@ def _memory(train: TrainSpec, sizes: Sizes, held: Held, tokens: int, recomputed:
     # head is done; only where they are more than the head's do they count.
     through = tokens * (a_block + 2 * size * (sizes.intermediate + sizes.hidden))
     later = held.full and train.gradient_accumulation_steps == 1  # than all this
-    return Memory(
+    forward = Memory(
         weights=held.weights + held.copies,
         optimizer=STATE_BYTES[train.optimizer] * held.trained,
         gradients=0 if later else 4 * held.trained,
@@ -217,6 +220,14 @@ def _memory(train: TrainSpec, sizes: Sizes, held: Held, tokens: int, recomputed:
         recomputed=recomputed,
         layers=sizes.layers,
     )
+    backward = replace(
+        forward,
+        weights=held.weights,
+        gradients=4 * held.trained,
+        activations=tokens * boundary,
+        head=0,
+    )
+    return max(forward, backward, key=lambda memory: memory.peak)
 
 
 def _block_elements(sizes: Sizes, held: Held) -> int:

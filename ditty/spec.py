@@ -5,7 +5,7 @@ make no sense are refused here, before a process is started.
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -41,7 +41,8 @@ class ModelSpec(Section):
     """`lora` trains low-rank matrices, `dora` also the length of each layer's weight rows
     (arXiv:2402.09353), `none` all weights."""
     quantization: Quantization = Quantization.NONE
-    """`nf4` stores the frozen base in 4 bits, double-quantized (QLoRA), `int8` in 8 bits."""
+    """`nf4` stores the frozen base in 4 bits, double-quantized (QLoRA), `int8` in 8 bits, `fp8` in
+    e4m3, with products in float8 too (GPUs from Ada and Hopper on, and CPUs)."""
     lora_r: int = Field(default=16, ge=1)
     """Rank of the adapter."""
     lora_alpha: float = Field(default=32, gt=0)
@@ -124,7 +125,7 @@ class TrainSpec(Section):
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.AUTO
     """Which blocks recompute their activations in the backward pass (a third more work for each):
     by default, on GPUs, only as many as do not fit the memory otherwise. The result is the same,
-    but for the rounding of compiled blocks on GPUs."""
+    but for the rounding of compiled blocks on GPUs. Under `zero3` `auto` is `none`."""
     max_memory_gb: float | None = Field(default=None, gt=0)
     """GPU memory, in GB (1e9 bytes), that `activation_checkpointing: auto` may plan with; by
     default 92% of the card's."""
@@ -162,6 +163,16 @@ class TrainSpec(Section):
     def evaluation_decides(self) -> bool:
         """Whether the held-out loss has a say in the trained weights."""
         return self.early_stopping_patience is not None or self.final_weights is FinalWeights.BEST
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpointing_was_a_switch(cls, values: Any) -> Any:
+        """Finished runs and deployments keep specs of before."""
+        if isinstance(values, dict) and isinstance(values.get("gradient_checkpointing"), bool):
+            rest = {k: v for k, v in values.items() if k != "gradient_checkpointing"}
+            recomputes = {"activation_checkpointing": ActivationCheckpointing.ALL}
+            return recomputes | rest if values["gradient_checkpointing"] else rest
+        return values
 
     @model_validator(mode="after")
     def _evaluates(self) -> "TrainSpec":

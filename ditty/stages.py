@@ -36,7 +36,8 @@ VERSIONS: dict[str, int] = {
 
 DATA_STAGES = ("load", *OperationMethod, "tokenize", "pack")
 
-# Keys of `train` that leave the trained weights as they are: a rerun may change them and resume.
+# Keys of `train` that leave the trained weights as they are, but for rounding (sharding in bf16,
+# recomputation of compiled blocks): a rerun may change them and resume.
 # The batch keys enter as their product, so that accumulation may be traded for processes.
 # `eval_steps` counts where evaluations decide: see `training_identity`.
 HARMLESS_TRAIN_KEYS = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import LogSort
 
 from ditty.errors import RemoteError, SpecError
 from ditty.rundir import RunDir
@@ -49,7 +50,10 @@ def wait_until_logged(text: str) -> None:
     """Until Prefect's server has written that line: it hears of logs a little later."""
     end = time.monotonic() + 30
     with get_client(sync_client=True) as client:
-        while not any(text in entry.message for entry in client.read_logs(limit=200)):
+        while True:
+            newest = client.read_logs(limit=200, sort=LogSort.TIMESTAMP_DESC)
+            if any(text in entry.message for entry in newest):
+                return
             assert time.monotonic() < end, f"{text!r} is in no log"
             time.sleep(0.2)
 
