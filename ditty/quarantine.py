@@ -160,6 +160,8 @@ def _as_text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):  # what a function yields can be anything
         return repr(value)
+    except RecursionError:
+        return f"{type(value).__name__}, nested too deeply to be shown"
 
 
 def _shorten(text: str) -> str:

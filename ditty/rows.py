@@ -97,10 +97,16 @@ def _json_lines(file: DataFile) -> Iterator[Located]:
         if isinstance(text, BadRow):
             yield number, text
         elif text.strip():
-            try:
-                yield number, json.loads(text)
-            except ValueError as error:
-                yield number, BadRow("not JSON", text, str(error))
+            yield number, _parsed(text)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError:
+        return BadRow("nested too deeply", line)
+    except ValueError as error:
+        return BadRow("not JSON", line, str(error))
 
 
 def _json_items(file: DataFile) -> Iterator[Located]:
@@ -119,7 +125,7 @@ def _json_items(file: DataFile) -> Iterator[Located]:
         lines.append(line)
     try:
         value = json.loads("\n".join(lines))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file.name} is not JSON: {error}") from error
     if not isinstance(value, list):
         raise DataError(f"{file.name} holds a {type(value).__name__}, expected a list of objects")
@@ -187,7 +193,10 @@ def _table(batch: list[Located]) -> "pa.Table":
     import pyarrow as pa
 
     names = dict.fromkeys(name for _, row in batch for name in row)
-    return pa.table({name: pa.array([row.get(name) for _, row in batch]) for name in names})
+    columns = {name: pa.array([row.get(name) for _, row in batch]) for name in names}
+    for column in columns.values():
+        _check_depth(column.type)
+    return pa.table(columns)
 
 
 def _misfits(batch: list[Located], known: "pa.Schema") -> dict[Any, BadRow]:
@@ -226,13 +235,27 @@ def _unfit() -> tuple[type[Exception], ...]:
     """What Arrow raises for values that do not go into one column."""
     import pyarrow as pa
 
-    return pa.ArrowException, OverflowError, UnicodeEncodeError
+    return pa.ArrowException, OverflowError, UnicodeEncodeError, RecursionError
 
 
 def _type(value: Any) -> "pa.DataType":
     import pyarrow as pa
 
-    return pa.array([value]).type
+    kind = pa.array([value]).type
+    _check_depth(kind)
+    return kind
+
+
+def _check_depth(kind: "pa.DataType") -> None:
+    """Raise ArrowInvalid for a type that no file of Arrow's holds."""
+    import pyarrow as pa
+
+    level = [kind]
+    for _ in range(tables.DEEPEST):
+        level = [inner.field(i).type for inner in level for i in range(inner.num_fields)]
+        if not level:
+            return
+    raise pa.ArrowInvalid(f"nested deeper than {tables.DEEPEST} levels")
 
 
 def _unified(one: "pa.DataType", other: "pa.DataType") -> "pa.DataType":

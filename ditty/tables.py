@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # pyarrow costs 0.14 s; the flow imports this module and read
 BATCH_ROWS = 1000
 """Rows in a record batch of a file, however they arrived."""
 
+DEEPEST = 64
+"""Levels of a value at most: what Arrow's IPC reads."""
+
 
 class TableWriter:
     """Write one table; use it in a `with` block, which also closes it after an error.
