@@ -56,7 +56,7 @@ def of_files(
                 read = first(_open_parquet(file)[1], left)
                 found = valid_text(read, quarantine, partial(_in_file, index))
             for table in found:
-                yield tables.conform(table, schema)
+                yield tables.conform(table, schema, file.name)
 
     return schema, batches()
 

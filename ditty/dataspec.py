@@ -117,6 +117,11 @@ class Operation(Section):
             raise ValueError(f"method: {self.method} has no argument {name!r}: {hint}")
         if missing := sorted(needed - self.kwargs.keys()):
             raise ValueError(f"method: {self.method} needs kwargs: {', '.join(missing)}")
+        seed = self.kwargs.get("seed")
+        if self.method is OperationMethod.SHUFFLE and (type(seed) is not int or seed < 0):
+            raise ValueError(
+                f"method: {self.method}: kwargs.seed is {seed!r}, expected a whole number from 0"
+            )
 
     def describe(self) -> str:
         """What people read, e.g. `filter ops.py:is_clean` or `rename_column q, prompt`."""

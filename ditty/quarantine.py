@@ -53,6 +53,7 @@ class Quarantine:
     Attributes:
         read: rows read so far, good and bad; whoever reads them counts.
         reasons: bad rows so far by reason.
+        source: what is read, for errors.
     """
 
     def __init__(self, folder: Path, source: str, max_bad_fraction: float):
@@ -64,7 +65,8 @@ class Quarantine:
         """
         self.read = 0
         self.reasons: Counter[str] = Counter()
-        self._path, self._source, self._max = folder / FILE, source, max_bad_fraction
+        self.source = source
+        self._path, self._max = folder / FILE, max_bad_fraction
         self._describe: Describe = row_number
         self._tell: Describe = row_number
         self._file: IO[str] | None = None
@@ -98,7 +100,7 @@ class Quarantine:
 
     def where(self, position: Any) -> str:
         """A position as a person would look it up: `rows.jsonl, line 7`."""
-        return f"{self._source}, {self._tell(position)}"
+        return f"{self.source}, {self._tell(position)}"
 
     def settle(self, kept: int) -> dict[str, int]:
         """The end of the stage; returns bad rows by reason.
@@ -116,7 +118,7 @@ class Quarantine:
             reasons = ", ".join(f"{r} {n:,}" for r, n in self.reasons.most_common(TOLD_REASONS))
             log.warning(
                 "%s: %d of %d rows cannot be used and are in %s of the artifact: %s",
-                *(self._source, bad, self.read, FILE, reasons),
+                *(self.source, bad, self.read, FILE, reasons),
             )
         return dict(sorted(self.reasons.items()))
 
@@ -129,7 +131,7 @@ class Quarantine:
         if bad > self._max * self.read:
             told = "; ".join(self._told(r, n) for r, n in self.reasons.most_common(TOLD_REASONS))
             raise DataError(
-                f"{self._source}: {bad:,} of {self.read:,} rows ({bad / self.read:.2%}) cannot be "
+                f"{self.source}: {bad:,} of {self.read:,} rows ({bad / self.read:.2%}) cannot be "
                 f"used, data.max_bad_fraction allows {self._max:.2%}: {told}. Mend or drop "
                 f"these rows, or raise data.max_bad_fraction: then they are listed in {FILE} of "
                 "the stage's artifact, and left out"

@@ -153,7 +153,7 @@ def write_rows(rows: Iterable[Located], path: Path, quarantine: Quarantine) -> "
                     schema, count = tables.unified(schema, table.schema), count + 1
                     with pa.ipc.new_stream(sink, table.schema) as stream:
                         stream.write_table(table)
-        tables.write(path, _conform(spool, count, schema), schema)
+        tables.write(path, _conform(spool, count, schema, quarantine.source), schema)
     finally:
         spool.unlink(missing_ok=True)
     return schema
@@ -269,10 +269,10 @@ def _short(kind: "pa.DataType") -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _conform(spool: Path, count: int, schema: "pa.Schema") -> "Iterator[pa.Table]":
+def _conform(spool: Path, count: int, schema: "pa.Schema", source: str) -> "Iterator[pa.Table]":
     """The spooled batches with the columns and types of all."""
     import pyarrow as pa
 
-    with pa.memory_map(str(spool)) as source:
+    with pa.memory_map(str(spool)) as spooled:
         for _ in range(count):
-            yield tables.conform(pa.ipc.open_stream(source).read_all(), schema)
+            yield tables.conform(pa.ipc.open_stream(spooled).read_all(), schema, source)

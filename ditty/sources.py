@@ -7,6 +7,7 @@
 import re
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def identify(data: DataSpec) -> dict[str, Any]:
     identity: dict[str, Any] = {"kind": "mixture", "max_rows": data.max_rows, "parts": parts}
     if weights := mixing.weights(data):
         order = {"weights": weights, "seed": data.seed, "until": data.stopping_strategy.value}
-        identity |= order
+        identity |= order | {"numpy": metadata.version("numpy")}  # whose generator draws
     return identity
 
 
@@ -64,8 +65,7 @@ def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
     elif kind == "function":
         fn = functions.resolve(part.source)
         identity = {"digest": functions.digest(fn)}
-        if hasattr(fn, "identity"):
-            identity["depends_on"] = fn.identity()
+        identity |= functions.depends_on(fn, {}, part.source)
     else:
         identity = {"id": part.source, "commit": hub_commit(part)}
         identity |= {"subset": part.subset, "split": part.split}
