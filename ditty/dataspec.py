@@ -154,8 +154,9 @@ class DataSpec(Section):
 
     source: str | None = None
     """A hub data set; a .jsonl/.json/.csv/.txt file (also .gz, .zst, .bz2) or a .parquet file, a
-    folder of such files or a pattern (`data/*.jsonl`), or a URL of them (s3://, https:// ...); a
-    folder saved by datasets; or `module:function`, which yields rows as dicts."""
+    folder of such files or a pattern (`data/*.jsonl`); the URL of such a file, or of several by a
+    pattern (s3://, https:// ...); a folder saved by datasets; or `module:function`, which yields
+    rows as dicts."""
     subset: str | None = None
     """The configuration's name of a hub data set."""
     split: str = "train"

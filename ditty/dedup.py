@@ -98,6 +98,8 @@ def decontaminate(
     runs: dict[int, set[str]] = {}
     for row in _held_out(Path(file), file_column or column):
         spoken = _words(text_of(row, file_column or column))
+        if not spoken:  # or it would be found in each row without words
+            continue
         whole.add(" ".join(spoken))
         if len(spoken) >= SHORTEST:
             size = min(words, len(spoken))

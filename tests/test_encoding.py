@@ -246,6 +246,8 @@ def row_of(value, speaker="human"):
          "labels are not those of input_ids .* at row 0 .has 2 where input_ids has 1"),
         ("tokens", [{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}],
          r"attention_mask has a 0 between its 1s.* at row 0 \(at 1\)"),
+        ("tokens", [{"input_ids": [1, 2, 3, 4, 5], "attention_mask": [0, 0, 1, 0, 1]}],
+         r"attention_mask has a 0 between its 1s.* at row 0 \(at 3\)"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit_are_refused(tmp_path, chatml, form, rows, message):

@@ -116,13 +116,14 @@ def test_rows_that_share_a_run_of_words_with_a_held_out_set_go(tmp_path, suffix)
     rows[0]["text"] = rows[0]["text"].upper().replace(" ", ", ")
     file = tmp_path / f"held_out{suffix}"
     texts = [{"question": " ".join(words)} for words in held_out]
+    texts += [{"question": None}, {"question": ""}, {"question": "!"}]
     if suffix == ".jsonl":
         file.write_text("\n".join(map(json.dumps, texts)))
     else:
         parquet.write_table(pa.Table.from_pylist(texts), file)
-    given = datasets.Dataset.from_list(rows)
-    assert decontaminate(given, str(file), file_column="question") == [1, 3, 4, 6]
-    assert decontaminate(given, str(file), file_column="question", words=12) == [3, 4, 6]
+    given = datasets.Dataset.from_list([*rows, {"text": " ...", "n": 7}])
+    assert decontaminate(given, str(file), file_column="question") == [1, 3, 4, 6, 7]
+    assert decontaminate(given, str(file), file_column="question", words=12) == [3, 4, 6, 7]
     with pytest.raises(DataError, match="row 0 of .* has no column 'text', but question: set kw"):
         decontaminate(given, str(file))
     with pytest.raises(DataError, match="has the suffix '.md', expected .jsonl or .parquet"):
@@ -148,6 +149,9 @@ def test_lengths(tmp_path):
     assert not characters(row, "nothing") and not has_words(row, "nothing")
     with pytest.raises(DataError, match="column 'n' holds int, expected a text or a list"):
         characters(row, "n")
+    parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}
+    with pytest.raises(DataError, match=r"a turn whose content is list \[.*, expected a string"):
+        characters(parts, "messages")
 
 
 @pytest.mark.parametrize(
