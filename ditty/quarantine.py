@@ -125,17 +125,20 @@ class Quarantine:
     def check(self) -> None:
         """Raise a DataError if more than `max_bad_fraction` of the rows so far are here.
 
-        It tells the commonest reasons, and where the first rows of each are.
+        It says what `told` does.
         """
         bad = self.reasons.total()
         if bad > self._max * self.read:
-            told = "; ".join(self._told(r, n) for r, n in self.reasons.most_common(TOLD_REASONS))
             raise DataError(
                 f"{self.source}: {bad:,} of {self.read:,} rows ({bad / self.read:.2%}) cannot be "
-                f"used, data.max_bad_fraction allows {self._max:.2%}: {told}. Mend or drop "
+                f"used, data.max_bad_fraction allows {self._max:.2%}: {self.told()}. Mend or drop "
                 f"these rows, or raise data.max_bad_fraction: then they are listed in {FILE} of "
                 "the stage's artifact, and left out"
             )
+
+    def told(self) -> str:
+        """The commonest reasons, and where the first rows of each are."""
+        return "; ".join(self._told(r, n) for r, n in self.reasons.most_common(TOLD_REASONS))
 
     def _told(self, reason: str, count: int) -> str:
         places, example = self._first[reason]

@@ -51,8 +51,7 @@ def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
     kind = _kind(part.source)
     if kind == "files":
         files = datafiles.find(_path(part.source))
-        # By content: neither where a file is nor how it is called counts.
-        identity: dict[str, Any] = {"files": [[f.kind, sha256_file(f.path)] for f in files]}
+        identity: dict[str, Any] = {"files": datafiles.contents(files)}
         if files[0].format == ".csv":
             identity["text_columns"] = text_columns
     elif kind == "url":
@@ -134,7 +133,7 @@ def _load(
         files = _files(part, Path(scratch), identity)
         quarantine.reading(*_positions(part, number, files))
         if files:
-            _load_files(files, part, text_columns, out, quarantine)
+            load_files(files, text_columns, part.max_rows, out, quarantine)
         elif kind == "function":
             with functions.importable():
                 yielded = islice(_generated(part.source), part.max_rows)
@@ -163,31 +162,39 @@ def _positions(
     part: SourceSpec, number: int | None, files: list[DataFile]
 ) -> tuple[Describe, Describe]:
     """How a position in a source is told, without and with names."""
-    describe: Describe = row_number
-    tell: Describe = row_number
-    if files:
-        words = rows.position_words(files)
-        describe = datafiles.describe_in(files, words)
-        tell = datafiles.tell_in(files, words, part.source)
+    describe, tell = positions(files, part.source) if files else (row_number, row_number)
     if number is None:
         return describe, tell
     source = f"source {number + 1}"
     return lambda at: f"{source}, {describe(at)}", lambda at: f"{part.source}, {tell(at)}"
 
 
-def _load_files(
+def positions(files: list[DataFile], source: str) -> tuple[Describe, Describe]:
+    """The same in files, which `source` means."""
+    words = rows.position_words(files)
+    return datafiles.describe_in(files, words), datafiles.tell_in(files, words, source)
+
+
+def load_files(
     files: list[DataFile],
-    part: SourceSpec,
     text_columns: list[str],
+    max_rows: int | None,
     out: Path,
     quarantine: Quarantine,
 ) -> None:
+    """Write the first rows of files (None: all) to `out/data.arrow`.
+
+    Args:
+        text_columns: of CSV files, see `columnar.of_files`.
+    Raises:
+        DataError: a file cannot be read as a whole.
+    """
     if files[0].format in datafiles.TEXT:
         words = rows.position_words(files)
-        found = islice(rows.of_files(files, words), part.max_rows)
+        found = islice(rows.of_files(files, words), max_rows)
         rows.write_rows(found, out / DATA, quarantine)
     else:
-        schema, batches = columnar.of_files(files, text_columns, part.max_rows, quarantine)
+        schema, batches = columnar.of_files(files, text_columns, max_rows, quarantine)
         tables.write(out / DATA, batches, schema)
 
 

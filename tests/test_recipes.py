@@ -1,6 +1,5 @@
 """Ready-made operations against pandas, brute force, transformers, and numbers worked by hand."""
 
-import json
 import random
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
 from ditty import tables
 from ditty.dataspec import Operation
@@ -95,7 +93,7 @@ def test_near_duplicates_just_above_the_threshold_are_found():
     assert len(kept) - 100 <= 5
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".parquet"])
 def test_rows_that_share_a_run_of_words_with_a_held_out_set_go(tmp_path, suffix):
     rng = random.Random(2)
 
@@ -117,17 +115,45 @@ def test_rows_that_share_a_run_of_words_with_a_held_out_set_go(tmp_path, suffix)
     file = tmp_path / f"held_out{suffix}"
     texts = [{"question": " ".join(words)} for words in held_out]
     texts += [{"question": None}, {"question": ""}, {"question": "!"}]
-    if suffix == ".jsonl":
-        file.write_text("\n".join(map(json.dumps, texts)))
+    table = pd.DataFrame(texts)
+    if suffix == ".parquet":
+        table.to_parquet(file)
+    elif suffix == ".csv":
+        table.to_csv(file, index=False)
     else:
-        parquet.write_table(pa.Table.from_pylist(texts), file)
+        table.to_json(file, orient="records", lines=True)  # compressed as its name says
     given = datasets.Dataset.from_list([*rows, {"text": " ...", "n": 7}])
     assert decontaminate(given, str(file), file_column="question") == [1, 3, 4, 6, 7]
     assert decontaminate(given, str(file), file_column="question", words=12) == [3, 4, 6, 7]
-    with pytest.raises(DataError, match="row 0 of .* has no column 'text', but question: set kw"):
+    with pytest.raises(
+        DataError, match=f"file: .*{suffix} has no column 'text', but question: set"
+    ):
         decontaminate(given, str(file))
-    with pytest.raises(DataError, match="has the suffix '.md', expected .jsonl or .parquet"):
+
+
+def test_held_out_files_are_read_as_those_of_a_source(tmp_path):
+    """A folder of them, and a row that cannot be read says where it is."""
+    given = datasets.Dataset.from_dict({"text": ["one", "two", "three", "four"]})
+    folder = tmp_path / "exams"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    (folder / "b.jsonl").write_text('{"text": "three"}\n{"text": "four"}')
+    assert decontaminate(given, str(folder)) == [1]
+    operation = Operation(
+        method="select", function="ditty.dedup:decontaminate", kwargs={"file": str(folder)}
+    )
+    before = operation_inputs(operation)
+    (folder / "b.jsonl").write_text('{"text": "three"}\n{"text": ')
+    assert operation_inputs(operation) != before
+    with pytest.raises(
+        DataError, match=r"exams has rows that .* x not JSON, at .*b.jsonl, line 2 "
+    ):
+        decontaminate(given, str(folder))
+    (tmp_path / "a.md").touch()
+    with pytest.raises(DataError, match="has the suffix '.md', expected one of .jsonl, .json"):
         decontaminate(given, str(tmp_path / "a.md"))
+    with pytest.raises(DataError, match="no files .*/exam; did you mean .*/exams"):
+        decontaminate(given, str(tmp_path / "exam"))
 
 
 def test_lengths(tmp_path):
@@ -161,7 +187,9 @@ def test_lengths(tmp_path):
 def test_the_content_of_a_file_is_in_the_key(tmp_path, function, method):
     file = tmp_path / "file.jsonl"
     operation = Operation(method=method, function=function, kwargs={"file": str(file)})
-    with pytest.raises(DataError, match=r"kwargs.file: cannot read .*file.jsonl: No such file"):
+    with pytest.raises(
+        DataError, match=r"kwargs.file: (cannot read|there are no files) .*/file.jsonl"
+    ):
         operation_inputs(operation)
     file.write_text("{}")
     before = operation_inputs(operation)
