@@ -15,6 +15,7 @@ from ditty.choices import (
     Packing,
     StoppingStrategy,
 )
+from ditty.errors import cut
 
 
 class Shape(NamedTuple):
@@ -127,7 +128,7 @@ class Operation(Section):
         """What people read, e.g. `filter ops.py:is_clean` or `rename_column q, prompt`."""
         if self.function is None:
             text = f"{self.method} {', '.join(map(str, self.kwargs.values()))}".rstrip()
-            return text if len(text) <= 60 else f"{text[:57]}..."
+            return cut(text, 60)
         absolute = self.function.startswith("/")
         return f"{self.method} {Path(self.function).name if absolute else self.function}"
 

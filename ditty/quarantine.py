@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
 
-from ditty.errors import DataError
+from ditty.errors import DataError, cut
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ class Quarantine:
 
     def add(self, position: Any, bad: BadRow) -> None:
         """Set a row aside. Call it in the order of positions: the file has that order."""
-        excerpt = _shorten(_as_text(bad.value))
+        # No lone surrogates: the file is UTF-8.
+        excerpt = cut(_as_text(bad.value), LONGEST_EXCERPT).encode("utf-8", "replace").decode()
         record = {
             "position": self._describe(position),
             "reason": bad.reason,
@@ -167,9 +168,3 @@ def _as_text(value: Any) -> str:
         return repr(value)
     except RecursionError:
         return f"{type(value).__name__}, nested too deeply to be shown"
-
-
-def _shorten(text: str) -> str:
-    if len(text) > LONGEST_EXCERPT:
-        text = f"{text[: LONGEST_EXCERPT - 3]}..."
-    return text.encode("utf-8", "replace").decode()

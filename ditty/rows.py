@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditty import tables
 from ditty.datafiles import TEXT, DataFile
-from ditty.errors import DataError
+from ditty.errors import DataError, cut
 from ditty.quarantine import BadRow, Quarantine
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _misfits(batch: list[Located], known: "pa.Schema") -> dict[Any, BadRow]:
                 expected = _unified(expected, got)
             except _unfit():
                 kind = type(rows[position][name]).__name__
-                reason = f"column {name!r} holds {kind}, expected {_short(expected)}"
+                reason = f"column {name!r} holds {kind}, expected {cut(str(expected), 60)}"
                 bad[position] = BadRow(reason, rows[position])
     return bad
 
@@ -262,11 +262,6 @@ def _unified(one: "pa.DataType", other: "pa.DataType") -> "pa.DataType":
     import pyarrow as pa
 
     return tables.unified(pa.schema([("x", one)]), pa.schema([("x", other)])).field("x").type
-
-
-def _short(kind: "pa.DataType") -> str:
-    text = str(kind)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _conform(spool: Path, count: int, schema: "pa.Schema", source: str) -> "Iterator[pa.Table]":
