@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100  # label of a token that is not supervised, as everywhere in transformers
+from ditty.encoding import IGNORED
 
 Batch = dict[str, Any]
 

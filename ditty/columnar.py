@@ -56,7 +56,7 @@ def of_files(
                 read = first(_open_parquet(file)[1], left)
                 found = valid_text(read, quarantine, partial(_in_file, index))
             for table in found:
-                yield tables.conform(table, schema)
+                yield tables.conform(table, schema, file.name)
 
     return schema, batches()
 
@@ -68,7 +68,7 @@ def _in_file(index: int, number: int) -> tuple[int, int]:
 def valid_text(
     batches: "Iterable[pa.Table]",
     quarantine: Quarantine,
-    place: Callable[[int], Any] = lambda number: number,
+    place: Callable[[int], Any] = int,
 ) -> "Iterator[pa.Table]":
     """The rows whose text is UTF-8; the others are set aside.
 

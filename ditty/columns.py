@@ -12,6 +12,7 @@ from ditty.choices import DataFormat, LossOn
 from ditty.dataspec import SHAPES, DataSpec
 from ditty.errors import DataError, shown
 from ditty.quarantine import BadRow
+from ditty.tables import DEEPEST
 
 SPEAKERS = {
     "human": "user",
@@ -166,9 +167,27 @@ def _tools_problem(value: Any) -> _Problem | None:
         tools = tool_list(value)
     except ValueError as error:
         return _Problem(f"holds text that is no JSON, {expected}", str(error))
+    except RecursionError:
+        return _Problem(_TOO_DEEP)
+    if _is_deep(tools):
+        return _Problem(_TOO_DEEP)
     if tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         return None
     return _holds(tools, expected)
+
+
+_TOO_DEEP = f"is nested deeper than {DEEPEST} levels"
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether JSON text had more levels than any other value of a row has."""
+    level = [value]
+    for _ in range(DEEPEST):
+        nested = [item for item in level if isinstance(item, list | dict)]
+        if not nested:
+            return False
+        level = [i for item in nested for i in (item.values() if isinstance(item, dict) else item)]
+    return True
 
 
 def _ids_problem(value: Any) -> _Problem | None:

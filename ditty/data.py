@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from ditty import functions, tables
 from ditty.artifacts import Store
-from ditty.batches import IGNORED
 from ditty.choices import Sampling
+from ditty.encoding import IGNORED
 from ditty.errors import DataError
 from ditty.feed import row_lengths
 from ditty.files import canonical_json, locked, sha256_bytes, sha256_file

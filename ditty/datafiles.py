@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from ditty.errors import DataError
+from ditty.files import sha256_file
 from ditty.quarantine import Describe
 
 TEXT = (".jsonl", ".json", ".txt")
@@ -98,6 +99,11 @@ def one_format(files: Sequence[DataFile], named: str) -> list[DataFile]:
             f"{named.rstrip('/')}/*{formats[0]} for example"
         )
     return list(files)
+
+
+def contents(files: Sequence[DataFile]) -> list[list[str]]:
+    """[kind, SHA-256] of each: neither where a file is nor how it is called counts."""
+    return [[file.kind, sha256_file(file.path)] for file in files]
 
 
 def describe_in(files: Sequence[DataFile], words: Sequence[str]) -> Describe:

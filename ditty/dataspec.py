@@ -15,6 +15,7 @@ from ditty.choices import (
     Packing,
     StoppingStrategy,
 )
+from ditty.errors import cut
 
 
 class Shape(NamedTuple):
@@ -117,12 +118,17 @@ class Operation(Section):
             raise ValueError(f"method: {self.method} has no argument {name!r}: {hint}")
         if missing := sorted(needed - self.kwargs.keys()):
             raise ValueError(f"method: {self.method} needs kwargs: {', '.join(missing)}")
+        seed = self.kwargs.get("seed")
+        if self.method is OperationMethod.SHUFFLE and (type(seed) is not int or seed < 0):
+            raise ValueError(
+                f"method: {self.method}: kwargs.seed is {seed!r}, expected a whole number from 0"
+            )
 
     def describe(self) -> str:
         """What people read, e.g. `filter ops.py:is_clean` or `rename_column q, prompt`."""
         if self.function is None:
             text = f"{self.method} {', '.join(map(str, self.kwargs.values()))}".rstrip()
-            return text if len(text) <= 60 else f"{text[:57]}..."
+            return cut(text, 60)
         absolute = self.function.startswith("/")
         return f"{self.method} {Path(self.function).name if absolute else self.function}"
 
@@ -149,8 +155,9 @@ class DataSpec(Section):
 
     source: str | None = None
     """A hub data set; a .jsonl/.json/.csv/.txt file (also .gz, .zst, .bz2) or a .parquet file, a
-    folder of such files or a pattern (`data/*.jsonl`), or a URL of them (s3://, https:// ...); a
-    folder saved by datasets; or `module:function`, which yields rows as dicts."""
+    folder of such files or a pattern (`data/*.jsonl`); the URL of such a file, or of several by a
+    pattern (s3://, https:// ...); a folder saved by datasets; or `module:function`, which yields
+    rows as dicts."""
     subset: str | None = None
     """The configuration's name of a hub data set."""
     split: str = "train"

@@ -120,7 +120,7 @@ def _encode_tokens(row: Row, number: int, vocabulary: int, data: DataSpec) -> En
         span = slice(real[0], real[-1] + 1) if len(real) else slice(0, 0)
         if not mask[span].all():
             reason = "attention_mask has a 0 between its 1s, expected padding at the ends only"
-            raise RowError(number, reason, f"at {int(np.flatnonzero(~mask[span].astype(bool))[0])}")
+            raise RowError(number, reason, f"at {span.start + np.flatnonzero(mask[span] == 0)[0]}")
         ids, labels = ids[span], None if labels is None else labels[span]
     if len(wrong := np.flatnonzero((ids < 0) | (ids >= vocabulary))):
         raise RowError(

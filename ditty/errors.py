@@ -107,5 +107,9 @@ class OutOfMemory(RunError):
 
 def shown(value: object) -> str:
     """A value as a message tells it: its type and its beginning."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+    return f"{type(value).__name__} {cut(repr(value), 40)}"
+
+
+def cut(text: str, longest: int) -> str:
+    """At most so many characters; where some are left out it ends in three dots."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

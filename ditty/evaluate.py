@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ditty.attention import generating
-from ditty.batches import IGNORED, collate, supervised_tokens, to_device
+from ditty.batches import collate, supervised_tokens, to_device
 from ditty.choices import Precision
 from ditty.compiled import as_it_stands
+from ditty.encoding import IGNORED
 from ditty.loss import token_loss_sum
 from ditty.world import World
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty.codehash import describe_function
-from ditty.errors import DataError
+from ditty.errors import DataError, DittyError
 from ditty.files import canonical_json, sha256_bytes
 
 DIGEST_VERSION = 1
@@ -42,6 +42,30 @@ def resolve(ref: str) -> Callable[..., Any]:
     if not callable(value):
         raise DataError(f"{ref} is a {type(value).__name__}, expected a function")
     return value
+
+
+def depends_on(fn: Callable[..., Any], kwargs: dict[str, Any], what: str) -> dict[str, Any]:
+    """What the attribute `identity` of a function says its result depends on: {"depends_on"}.
+
+    That is a function of the same keyword arguments, which returns JSON. Empty without it.
+
+    Args:
+        what: is given to the function, for errors.
+    Raises:
+        DataError: it failed; the arguments are not those that it takes, for example.
+    """
+    identity = getattr(fn, "identity", None)
+    if identity is None:
+        return {}
+    try:
+        return {"depends_on": identity(**kwargs)}
+    except DittyError:
+        raise
+    except Exception as error:  # the user's code ran: anything can come out of it
+        raise DataError(
+            f"{what}: its `identity` failed for the arguments {kwargs}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def digest(fn: Callable[..., Any]) -> str:

@@ -29,15 +29,15 @@ def mix(data: DataSpec, parts: "Sequence[pa.Table]") -> "tuple[pa.Schema, Iterat
         DataError: a column has types in two sources that do not go together.
     """
     schema: pa.Schema | None = None
-    for source, table in zip(data.sources, parts, strict=True):
-        schema = tables.merged(schema, table.schema, source.source)
+    names = [part.source for part in data.sources]
+    for name, table in zip(names, parts, strict=True):
+        schema = tables.merged(schema, table.schema, name)
     assert schema is not None, "there are sources"
     if not weights(data):
-        slices = (t.slice(i, tables.BATCH_ROWS) for t in parts for i in _starts(t.num_rows))
-        return schema, (tables.conform(piece, schema) for piece in slices)
+        return schema, _in_line(names, parts, schema)
     lengths = [table.num_rows for table in parts]
     draws = draw(lengths, weights(data), data.seed, data.stopping_strategy)
-    return schema, _interleaved(parts, draws, schema)
+    return schema, _interleaved(names, parts, draws, schema)
 
 
 def draw(
@@ -69,8 +69,19 @@ def draw(
         given = rows[-1]
 
 
+def _in_line(
+    names: Sequence[str], parts: "Sequence[pa.Table]", schema: "pa.Schema"
+) -> "Iterator[pa.Table]":
+    for name, table in zip(names, parts, strict=True):
+        for start in range(0, table.num_rows, tables.BATCH_ROWS):
+            yield tables.conform(table.slice(start, tables.BATCH_ROWS), schema, name)
+
+
 def _interleaved(
-    parts: "Sequence[pa.Table]", draws: "Iterable[np.ndarray]", schema: "pa.Schema"
+    names: Sequence[str],
+    parts: "Sequence[pa.Table]",
+    draws: "Iterable[np.ndarray]",
+    schema: "pa.Schema",
 ) -> "Iterator[pa.Table]":
     import numpy as np
     import pyarrow as pa
@@ -80,7 +91,8 @@ def _interleaved(
         pieces = []
         for number, table in enumerate(parts):
             count = int((drawn == number).sum())
-            pieces += [tables.conform(p, schema) for p in _next(table, given[number], count)]
+            found = _next(table, given[number], count)
+            pieces += [tables.conform(piece, schema, names[number]) for piece in found]
             given[number] += count
         # The pieces stand source by source; each row goes to where it was drawn.
         places = np.argsort(np.argsort(drawn, kind="stable"))
@@ -93,7 +105,3 @@ def _next(table: "pa.Table", start: int, count: int) -> "Iterator[pa.Table]":
         piece = table.slice(start % table.num_rows, count)
         yield piece
         start, count = start + piece.num_rows, count - piece.num_rows
-
-
-def _starts(rows: int) -> range:
-    return range(0, rows, tables.BATCH_ROWS)

@@ -6,7 +6,7 @@ from ditty import basemodel, share, stages
 from ditty.artifacts import Store
 from ditty.choices import Quantization
 from ditty.environment import child_environment
-from ditty.errors import RunMismatch, StoreError
+from ditty.errors import RunMismatch, StoreError, cut
 from ditty.files import make_dir, read_json
 from ditty.remote import Remote
 from ditty.rundir import RunDir
@@ -86,7 +86,7 @@ def spec_differences(saved: dict, now: dict) -> list[str]:
         for key in sorted(now[section].keys() | saved.get(section, {}).keys()):
             a, b = saved.get(section, {}).get(key), now[section].get(key)
             if a != b and (section, key) not in harmless:
-                found.append(f"{section}.{key} was {_brief(a)}, now {_brief(b)}")
+                found.append(f"{section}.{key} was {cut(repr(a), 200)}, now {cut(repr(b), 200)}")
     batches = [_global_batch(s) for s in (saved, now)]
     if batches[0] != batches[1]:
         found.append(
@@ -94,11 +94,6 @@ def spec_differences(saved: dict, now: dict) -> list[str]:
             f"was {batches[0]}, now {batches[1]}"
         )
     return found
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _global_batch(spec: dict) -> int:

@@ -13,13 +13,14 @@ from ditty import basemodel, operations, sources, tables
 from ditty.artifacts import Store
 from ditty.chat import Encoded
 from ditty.choices import Overlong
-from ditty.columns import find_columns, row_problem
+from ditty.columns import find_columns
 from ditty.dataspec import DataSpec, SourceSpec
 from ditty.encoding import make_encoder
 from ditty.errors import DataError
 from ditty.files import make_dir
+from ditty.quarantine import BadRow
 from ditty.spec import RunSpec
-from ditty.tokenization import load_tokenizer
+from ditty.tokenization import drop_reason, encode_rows, load_tokenizer
 
 Limited = TypeVar("Limited", DataSpec, SourceSpec)
 SOURCE_ROWS = 1000
@@ -42,7 +43,8 @@ class PreviewRow:
     Attributes:
         number: of the row, from 0.
         tokens: at most `data.seq_len`.
-        fate: what becomes of it, where it is not used as it is: "dropped: empty".
+        fate: what becomes of it, where it is not used as it is: "dropped: empty". A row that is
+            set aside has no tokens.
     """
 
     number: int
@@ -65,14 +67,14 @@ def preview(spec: RunSpec, store: Store, count: int) -> list[PreviewRow]:
     """
     data = spec.data
     folder = basemodel.tokenizer_dir(spec.model.base_model, spec.model.revision, store)
-    rows = _first_rows(data, count)
+    columns, rows = _first_rows(data, count)
     tokenizer = load_tokenizer(folder, data.chat_template)
-    encoded = make_encoder(data, tokenizer)(rows, 0)
-    return [_shown(number, row, tokenizer, data) for number, row in enumerate(encoded)]
+    tried = encode_rows(rows, columns, make_encoder(data, tokenizer), 0)
+    return [_shown(number, row, tokenizer, data) for number, row in enumerate(tried)]
 
 
-def _first_rows(data: DataSpec, count: int) -> list[dict[str, Any]]:
-    """Rows of standard names, checked."""
+def _first_rows(data: DataSpec, count: int) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """What the columns are called (see `find_columns`), and rows of standard names."""
     few = _limited(data).model_copy(update={"sources": list(map(_limited, data.sources))})
     with tempfile.TemporaryDirectory(prefix="ditty-preview-") as scratch:
         folder = make_dir(Path(scratch) / "0")
@@ -87,11 +89,7 @@ def _first_rows(data: DataSpec, count: int) -> list[dict[str, Any]]:
         table = tables.read(folder / sources.DATA)
         columns = find_columns(data, table.column_names)
         found = table.select(list(columns.values())).slice(0, count).to_pylist()
-    rows = [dict(zip(columns, row.values(), strict=True)) for row in found]
-    for number, row in enumerate(rows):
-        if bad := row_problem(row, columns):
-            raise DataError(f"row {number}: {bad.reason} ({bad.detail})")
-    return rows
+    return columns, [dict(zip(columns, row.values(), strict=True)) for row in found]
 
 
 def _limited(section: Limited) -> Limited:
@@ -99,7 +97,10 @@ def _limited(section: Limited) -> Limited:
     return section.model_copy(update={"max_rows": limit})
 
 
-def _shown(number: int, row: Encoded, tokenizer: Any, data: DataSpec) -> PreviewRow:
+def _shown(number: int, row: Encoded | BadRow, tokenizer: Any, data: DataSpec) -> PreviewRow:
+    if isinstance(row, BadRow):
+        detail = f" ({row.detail})" if row.detail else ""
+        return PreviewRow(number, [], f"set aside: {row.reason}{detail}")
     ids, supervised = row.ids[: data.seq_len].tolist(), row.supervised[: data.seq_len].tolist()
     texts = token_texts(tokenizer, ids)
     tokens = [Token(*values) for values in zip(ids, texts, supervised, strict=True)]
@@ -107,21 +108,15 @@ def _shown(number: int, row: Encoded, tokenizer: Any, data: DataSpec) -> Preview
 
 
 def _fate(row: Encoded, data: DataSpec) -> str | None:
-    """As ditty.tokenization decides it."""
-    if row.problem:
-        return f"dropped: {row.problem}"
-    if not row.supervised[1:].any():
-        return "dropped: no_supervised_token"
+    reason = drop_reason(row, data)
     if len(row.ids) <= data.seq_len:
-        return None
+        return f"dropped: {reason}" if reason else None
     long = f"{len(row.ids):,} tokens, more than data.seq_len"
-    if data.overlong is Overlong.ERROR:
+    if reason is None:
+        return f"cut: {long}"
+    if reason == "overlong" and data.overlong is Overlong.ERROR:
         return f"an error: {long}"
-    if data.overlong is Overlong.DROP:
-        return f"dropped: {long}"
-    if not row.supervised[1 : data.seq_len].any():
-        return f"dropped: {long}, and none of the first {data.seq_len:,} is supervised"
-    return f"cut: {long}"
+    return f"dropped: {reason}, {long}"
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:

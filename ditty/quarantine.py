@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
 
-from ditty.errors import DataError
+from ditty.errors import DataError, cut
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Quarantine:
     Attributes:
         read: rows read so far, good and bad; whoever reads them counts.
         reasons: bad rows so far by reason.
+        source: what is read, for errors.
     """
 
     def __init__(self, folder: Path, source: str, max_bad_fraction: float):
@@ -64,7 +65,8 @@ class Quarantine:
         """
         self.read = 0
         self.reasons: Counter[str] = Counter()
-        self._path, self._source, self._max = folder / FILE, source, max_bad_fraction
+        self.source = source
+        self._path, self._max = folder / FILE, max_bad_fraction
         self._describe: Describe = row_number
         self._tell: Describe = row_number
         self._file: IO[str] | None = None
@@ -81,7 +83,8 @@ class Quarantine:
 
     def add(self, position: Any, bad: BadRow) -> None:
         """Set a row aside. Call it in the order of positions: the file has that order."""
-        excerpt = _shorten(_as_text(bad.value))
+        # No lone surrogates: the file is UTF-8.
+        excerpt = cut(_as_text(bad.value), LONGEST_EXCERPT).encode("utf-8", "replace").decode()
         record = {
             "position": self._describe(position),
             "reason": bad.reason,
@@ -98,7 +101,7 @@ class Quarantine:
 
     def where(self, position: Any) -> str:
         """A position as a person would look it up: `rows.jsonl, line 7`."""
-        return f"{self._source}, {self._tell(position)}"
+        return f"{self.source}, {self._tell(position)}"
 
     def settle(self, kept: int) -> dict[str, int]:
         """The end of the stage; returns bad rows by reason.
@@ -116,24 +119,27 @@ class Quarantine:
             reasons = ", ".join(f"{r} {n:,}" for r, n in self.reasons.most_common(TOLD_REASONS))
             log.warning(
                 "%s: %d of %d rows cannot be used and are in %s of the artifact: %s",
-                *(self._source, bad, self.read, FILE, reasons),
+                *(self.source, bad, self.read, FILE, reasons),
             )
         return dict(sorted(self.reasons.items()))
 
     def check(self) -> None:
         """Raise a DataError if more than `max_bad_fraction` of the rows so far are here.
 
-        It tells the commonest reasons, and where the first rows of each are.
+        It says what `told` does.
         """
         bad = self.reasons.total()
         if bad > self._max * self.read:
-            told = "; ".join(self._told(r, n) for r, n in self.reasons.most_common(TOLD_REASONS))
             raise DataError(
-                f"{self._source}: {bad:,} of {self.read:,} rows ({bad / self.read:.2%}) cannot be "
-                f"used, data.max_bad_fraction allows {self._max:.2%}: {told}. Mend or drop "
+                f"{self.source}: {bad:,} of {self.read:,} rows ({bad / self.read:.2%}) cannot be "
+                f"used, data.max_bad_fraction allows {self._max:.2%}: {self.told()}. Mend or drop "
                 f"these rows, or raise data.max_bad_fraction: then they are listed in {FILE} of "
                 "the stage's artifact, and left out"
             )
+
+    def told(self) -> str:
+        """The commonest reasons, and where the first rows of each are."""
+        return "; ".join(self._told(r, n) for r, n in self.reasons.most_common(TOLD_REASONS))
 
     def _told(self, reason: str, count: int) -> str:
         places, example = self._first[reason]
@@ -160,9 +166,5 @@ def _as_text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):  # what a function yields can be anything
         return repr(value)
-
-
-def _shorten(text: str) -> str:
-    if len(text) > LONGEST_EXCERPT:
-        text = f"{text[: LONGEST_EXCERPT - 3]}..."
-    return text.encode("utf-8", "replace").decode()
+    except RecursionError:
+        return f"{type(value).__name__}, nested too deeply to be shown"

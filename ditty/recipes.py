@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty.errors import DataError
+from ditty.errors import DataError, shown
 from ditty.files import sha256_file
 
 if TYPE_CHECKING:
@@ -24,7 +24,13 @@ def text_of(row: dict[str, Any], column: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return "\n".join(turn.get("content") or turn.get("value") or "" for turn in value)
+        said = [turn.get("content") or turn.get("value") or "" for turn in value]
+        if other := [text for text in said if not isinstance(text, str)]:
+            raise DataError(
+                f"column {column!r} has a turn whose content is {shown(other[0])}, expected a "
+                "string: make one of it with a `map` operation"
+            )
+        return "\n".join(said)
     raise DataError(
         f"column {column!r} holds {type(value).__name__}, expected a text or a list of "
         "{role, content} or {from, value}"

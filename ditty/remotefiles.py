@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from ditty.datafiles import DataFile, one_format
 from ditty.errors import DataError, DittyError, RemoteDenied, RemoteError
@@ -19,6 +19,10 @@ from ditty.files import sha256_file
 CHUNK_BYTES = 8 << 20
 TIMEOUTS = {"s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 30}}}
 """Seconds; s3fs waits a minute for each of its tries."""
+
+SECRET_PARAMETERS = {"signature", "sig", "token", "access_token", "api_key", "awsaccesskeyid"}
+SECRET_PREFIXES = ("x-amz-", "x-goog-")
+"""Of a URL's query, in lower case: with them whoever has the URL has what it names."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def fetch(source: str, folder: Path, known: list[Any] | None) -> list[DataFile]:
         for number, file in enumerate(_find(source)):
             local = folder / f"{number:05d}-{file.data_file.path.name}"
             file.system.get_file(file.path, str(local))
+            file.system.invalidate_cache()  # a pattern's listing is from before the copy
             fetched.append(DataFile(local, file.url))
             identity = (file.etag() or [sha256_file(local)]) if known is not None else []
             found.append([file.data_file.kind, *identity])
@@ -95,14 +100,9 @@ def _find(source: str) -> list[RemoteFile]:
     """The files that a URL, perhaps with `*`, means, by name."""
     import fsspec
 
-    parts = urlsplit(source)
-    if parts.username or parts.password:
-        raise DataError(
-            f"the source {parts.scheme}://...@{parts.hostname} has credentials in it, which would "
-            "be written down with each run: leave them to the environment"
-        )
+    _refuse_credentials(source)
     # A shared instance would answer from its listings, and under credentials of earlier.
-    options = {"skip_instance_cache": True, **TIMEOUTS.get(parts.scheme, {})}
+    options = {"skip_instance_cache": True, **TIMEOUTS.get(urlsplit(source).scheme, {})}
     system, path = fsspec.core.url_to_fs(source, **options)
     paths = sorted(system.glob(path)) if "*" in path else [path]
     if not paths:
@@ -110,6 +110,21 @@ def _find(source: str) -> list[RemoteFile]:
     files = [RemoteFile(system, path, system.unstrip_protocol(path)) for path in paths]
     one_format([file.data_file for file in files], source)
     return files
+
+
+def _refuse_credentials(source: str) -> None:
+    """Raise a DataError, without them, if a URL has a password or a signature in it."""
+    parts = urlsplit(source)
+    names = {name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+    signed = [n for n in names if n in SECRET_PARAMETERS or n.startswith(SECRET_PREFIXES)]
+    if parts.username or parts.password or signed:
+        user = "...@" if parts.username or parts.password else ""
+        query = f"?{min(signed)}=..." if signed else ""
+        raise DataError(
+            f"the source {parts.scheme}://{user}{parts.hostname}{parts.path}{query} has "
+            "credentials in it, which would be written down with each run: leave them to the "
+            "environment, and name an object by s3://bucket/key (gs://, az://)"
+        )
 
 
 @contextmanager

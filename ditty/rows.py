@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditty import tables
 from ditty.datafiles import TEXT, DataFile
-from ditty.errors import DataError
+from ditty.errors import DataError, cut
 from ditty.quarantine import BadRow, Quarantine
 
 if TYPE_CHECKING:
@@ -97,10 +97,16 @@ def _json_lines(file: DataFile) -> Iterator[Located]:
         if isinstance(text, BadRow):
             yield number, text
         elif text.strip():
-            try:
-                yield number, json.loads(text)
-            except ValueError as error:
-                yield number, BadRow("not JSON", text, str(error))
+            yield number, _parsed(text)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError:
+        return BadRow("nested too deeply", line)
+    except ValueError as error:
+        return BadRow("not JSON", line, str(error))
 
 
 def _json_items(file: DataFile) -> Iterator[Located]:
@@ -119,7 +125,7 @@ def _json_items(file: DataFile) -> Iterator[Located]:
         lines.append(line)
     try:
         value = json.loads("\n".join(lines))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file.name} is not JSON: {error}") from error
     if not isinstance(value, list):
         raise DataError(f"{file.name} holds a {type(value).__name__}, expected a list of objects")
@@ -147,7 +153,7 @@ def write_rows(rows: Iterable[Located], path: Path, quarantine: Quarantine) -> "
                     schema, count = tables.unified(schema, table.schema), count + 1
                     with pa.ipc.new_stream(sink, table.schema) as stream:
                         stream.write_table(table)
-        tables.write(path, _conform(spool, count, schema), schema)
+        tables.write(path, _conform(spool, count, schema, quarantine.source), schema)
     finally:
         spool.unlink(missing_ok=True)
     return schema
@@ -187,7 +193,10 @@ def _table(batch: list[Located]) -> "pa.Table":
     import pyarrow as pa
 
     names = dict.fromkeys(name for _, row in batch for name in row)
-    return pa.table({name: pa.array([row.get(name) for _, row in batch]) for name in names})
+    columns = {name: pa.array([row.get(name) for _, row in batch]) for name in names}
+    for column in columns.values():
+        _check_depth(column.type)
+    return pa.table(columns)
 
 
 def _misfits(batch: list[Located], known: "pa.Schema") -> dict[Any, BadRow]:
@@ -208,7 +217,7 @@ def _misfits(batch: list[Located], known: "pa.Schema") -> dict[Any, BadRow]:
                 expected = _unified(expected, got)
             except _unfit():
                 kind = type(rows[position][name]).__name__
-                reason = f"column {name!r} holds {kind}, expected {_short(expected)}"
+                reason = f"column {name!r} holds {kind}, expected {cut(str(expected), 60)}"
                 bad[position] = BadRow(reason, rows[position])
     return bad
 
@@ -226,13 +235,27 @@ def _unfit() -> tuple[type[Exception], ...]:
     """What Arrow raises for values that do not go into one column."""
     import pyarrow as pa
 
-    return pa.ArrowException, OverflowError, UnicodeEncodeError
+    return pa.ArrowException, OverflowError, UnicodeEncodeError, RecursionError
 
 
 def _type(value: Any) -> "pa.DataType":
     import pyarrow as pa
 
-    return pa.array([value]).type
+    kind = pa.array([value]).type
+    _check_depth(kind)
+    return kind
+
+
+def _check_depth(kind: "pa.DataType") -> None:
+    """Raise ArrowInvalid for a type that no file of Arrow's holds."""
+    import pyarrow as pa
+
+    level = [kind]
+    for _ in range(tables.DEEPEST):
+        level = [inner.field(i).type for inner in level for i in range(inner.num_fields)]
+        if not level:
+            return
+    raise pa.ArrowInvalid(f"nested deeper than {tables.DEEPEST} levels")
 
 
 def _unified(one: "pa.DataType", other: "pa.DataType") -> "pa.DataType":
@@ -241,15 +264,10 @@ def _unified(one: "pa.DataType", other: "pa.DataType") -> "pa.DataType":
     return tables.unified(pa.schema([("x", one)]), pa.schema([("x", other)])).field("x").type
 
 
-def _short(kind: "pa.DataType") -> str:
-    text = str(kind)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _conform(spool: Path, count: int, schema: "pa.Schema") -> "Iterator[pa.Table]":
+def _conform(spool: Path, count: int, schema: "pa.Schema", source: str) -> "Iterator[pa.Table]":
     """The spooled batches with the columns and types of all."""
     import pyarrow as pa
 
-    with pa.memory_map(str(spool)) as source:
+    with pa.memory_map(str(spool)) as spooled:
         for _ in range(count):
-            yield tables.conform(pa.ipc.open_stream(source).read_all(), schema)
+            yield tables.conform(pa.ipc.open_stream(spooled).read_all(), schema, source)

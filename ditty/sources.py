@@ -7,6 +7,7 @@
 import re
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def identify(data: DataSpec) -> dict[str, Any]:
     identity: dict[str, Any] = {"kind": "mixture", "max_rows": data.max_rows, "parts": parts}
     if weights := mixing.weights(data):
         order = {"weights": weights, "seed": data.seed, "until": data.stopping_strategy.value}
-        identity |= order
+        identity |= order | {"numpy": metadata.version("numpy")}  # whose generator draws
     return identity
 
 
@@ -50,8 +51,7 @@ def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
     kind = _kind(part.source)
     if kind == "files":
         files = datafiles.find(_path(part.source))
-        # By content: neither where a file is nor how it is called counts.
-        identity: dict[str, Any] = {"files": [[f.kind, sha256_file(f.path)] for f in files]}
+        identity: dict[str, Any] = {"files": datafiles.contents(files)}
         if files[0].format == ".csv":
             identity["text_columns"] = text_columns
     elif kind == "url":
@@ -64,8 +64,7 @@ def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
     elif kind == "function":
         fn = functions.resolve(part.source)
         identity = {"digest": functions.digest(fn)}
-        if hasattr(fn, "identity"):
-            identity["depends_on"] = fn.identity()
+        identity |= functions.depends_on(fn, {}, part.source)
     else:
         identity = {"id": part.source, "commit": hub_commit(part)}
         identity |= {"subset": part.subset, "split": part.split}
@@ -134,7 +133,7 @@ def _load(
         files = _files(part, Path(scratch), identity)
         quarantine.reading(*_positions(part, number, files))
         if files:
-            _load_files(files, part, text_columns, out, quarantine)
+            load_files(files, text_columns, part.max_rows, out, quarantine)
         elif kind == "function":
             with functions.importable():
                 yielded = islice(_generated(part.source), part.max_rows)
@@ -163,31 +162,39 @@ def _positions(
     part: SourceSpec, number: int | None, files: list[DataFile]
 ) -> tuple[Describe, Describe]:
     """How a position in a source is told, without and with names."""
-    describe: Describe = row_number
-    tell: Describe = row_number
-    if files:
-        words = rows.position_words(files)
-        describe = datafiles.describe_in(files, words)
-        tell = datafiles.tell_in(files, words, part.source)
+    describe, tell = positions(files, part.source) if files else (row_number, row_number)
     if number is None:
         return describe, tell
     source = f"source {number + 1}"
     return lambda at: f"{source}, {describe(at)}", lambda at: f"{part.source}, {tell(at)}"
 
 
-def _load_files(
+def positions(files: list[DataFile], source: str) -> tuple[Describe, Describe]:
+    """The same in files, which `source` means."""
+    words = rows.position_words(files)
+    return datafiles.describe_in(files, words), datafiles.tell_in(files, words, source)
+
+
+def load_files(
     files: list[DataFile],
-    part: SourceSpec,
     text_columns: list[str],
+    max_rows: int | None,
     out: Path,
     quarantine: Quarantine,
 ) -> None:
+    """Write the first rows of files (None: all) to `out/data.arrow`.
+
+    Args:
+        text_columns: of CSV files, see `columnar.of_files`.
+    Raises:
+        DataError: a file cannot be read as a whole.
+    """
     if files[0].format in datafiles.TEXT:
         words = rows.position_words(files)
-        found = islice(rows.of_files(files, words), part.max_rows)
+        found = islice(rows.of_files(files, words), max_rows)
         rows.write_rows(found, out / DATA, quarantine)
     else:
-        schema, batches = columnar.of_files(files, text_columns, part.max_rows, quarantine)
+        schema, batches = columnar.of_files(files, text_columns, max_rows, quarantine)
         tables.write(out / DATA, batches, schema)
 
 

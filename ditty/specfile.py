@@ -1,16 +1,17 @@
 """Reading a spec from YAML and `--set`, with errors that name the key and the nearest valid one."""
 
 import difflib
+import glob
 import types
 import typing
 from collections.abc import Sequence
-from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ditty import datafiles
 from ditty.errors import SpecError
 from ditty.s3 import scrub
 from ditty.spec import RunSpec
@@ -104,8 +105,9 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
         if "://" in section[key]:
             return
         text, colon, name = section[key].partition(":")
-        there = (base / text).exists() or (has_magic(text) and any(base.glob(text)))
-        if not Path(text).is_absolute() and there:
+        if Path(text).is_absolute():
+            return
+        if (base / text).exists() or _matches(text, base):
             section[key] = f"{base / text}{colon}{name}"
 
     data = values.get("data")
@@ -118,6 +120,11 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
                 absolute(section.get("kwargs") if isinstance(section, dict) else None, "file")
 
 
+def _matches(text: str, base: Path) -> bool:
+    """Whether `text` is a pattern of something below `base`, as `datafiles.find` reads patterns."""
+    return datafiles.is_glob(text) and any(glob.iglob(text, root_dir=base, recursive=True))  # noqa: PTH207
+
+
 def _read_template(data: Any, base: Path) -> None:
     """Put a chat template's text in the place of its file's name."""
     named = data.get("chat_template") if isinstance(data, dict) else None
@@ -125,9 +132,7 @@ def _read_template(data: Any, base: Path) -> None:
         return
     path = base / Path(named).expanduser()
     if not path.is_file():
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = _nearest(path.name, names)
-        hint = f": did you mean {close}?" if close else ", expected Jinja text or a file's name"
+        hint = datafiles.nearest(path) or ", expected Jinja text or a file's name"
         raise SpecError(f"data.chat_template: there is no file {path}{hint}")
     try:
         data["chat_template"] = path.read_text(encoding="utf-8")

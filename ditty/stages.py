@@ -190,15 +190,18 @@ def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
 def operation_inputs(operation: Operation) -> dict[str, Any]:
     """What an operation's result depends on beside the rows.
 
-    A function may have an attribute `identity`: called with the operation's kwargs, it says what
-    else that is (the content of a file that they name), as JSON.
+    A function may say what else that is (the content of a file that its kwargs name), see
+    `functions.depends_on`.
+
+    Raises:
+        DataError: the function cannot be found, or does not take the kwargs.
     """
     inputs: dict[str, Any] = {"options": operation.model_dump(mode="json", exclude={"function"})}
     if operation.function is not None:
         function = functions.resolve(operation.function)
         inputs["function"] = functions.digest(function)
-        if hasattr(function, "identity"):
-            inputs["depends_on"] = function.identity(**operation.kwargs)
+        label = f"operation {operation.describe()}"
+        inputs |= functions.depends_on(function, operation.kwargs, label)
     elif operation.method is OperationMethod.SHUFFLE:
         inputs["numpy"] = metadata.version("numpy")  # whose generator it is
     return inputs

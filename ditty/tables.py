@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # pyarrow costs 0.14 s; the flow imports this module and read
 BATCH_ROWS = 1000
 """Rows in a record batch of a file, however they arrived."""
 
+DEEPEST = 64
+"""Levels of a value at most: what Arrow's IPC reads."""
+
 
 class TableWriter:
     """Write one table; use it in a `with` block, which also closes it after an error.
@@ -123,16 +126,28 @@ def unified(one: "pa.Schema", other: "pa.Schema") -> "pa.Schema":
     return pa.unify_schemas([one, other], promote_options="permissive")
 
 
-def conform(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
-    """The rows with the columns and types of a schema that `merged` made of theirs and others."""
+def conform(table: "pa.Table", schema: "pa.Schema", source: str) -> "pa.Table":
+    """The rows with the columns and types of a schema that `merged` made of theirs and others.
+
+    Args:
+        source: of the rows, for errors.
+    Raises:
+        DataError: a value is none of its column's type, as an integer that is no float exactly.
+    """
     import pyarrow as pa
 
-    columns = [
-        table[field.name].cast(field.type)
-        if field.name in table.column_names
-        else pa.nulls(table.num_rows, field.type)
-        for field in schema
-    ]
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, field.type))
+            continue
+        try:
+            columns.append(table[field.name].cast(field.type))
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{source}: column {field.name!r} is {field.type} over all rows, and some do not "
+                f"fit: {error}. Give all its values one type, that of a string for example"
+            ) from error
     return pa.table(columns, schema=schema)
 
 

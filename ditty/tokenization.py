@@ -62,9 +62,12 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     ):
         for batch in table.select(list(columns.values())).to_batches(tables.BATCH_ROWS):
             rows = [dict(zip(columns, row.values(), strict=True)) for row in batch.to_pylist()]
-            readable = _encode_good(rows, columns, encode, quarantine)
+            quarantine.read += len(rows)
             kept = []
-            for row, encoded in zip(rows, readable, strict=True):
+            tried = encode_rows(rows, columns, encode, counts.rows)
+            for row, encoded in zip(rows, tried, strict=True):
+                if isinstance(encoded, BadRow):
+                    quarantine.add(counts.rows, encoded)
                 fitting = counts.fit(encoded, data)
                 if fitting is not None and not held_out.takes(counts.rows, row, fitting):
                     kept.append(fitting)
@@ -111,12 +114,15 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
-def _encode_good(
-    rows: Sequence[Row], columns: dict[str, str], encode: Encoder, quarantine: Quarantine
-) -> list[Encoded | None]:
-    """The rows as tokens; None: it is in the quarantine."""
-    first = quarantine.read
-    quarantine.read += len(rows)
+def encode_rows(
+    rows: Sequence[Row], columns: dict[str, str], encode: Encoder, first: int
+) -> list[Encoded | BadRow]:
+    """The rows as tokens, or why they cannot be used.
+
+    Args:
+        columns: as `find_columns` gives them; rows have the standard names.
+        first: the number of the first row.
+    """
     bad = {index: p for index, row in enumerate(rows) if (p := row_problem(row, columns))}
     # Encoders number rows in their errors: in the place of a bad one they get an empty one.
     empty = empty_row(columns)
@@ -127,9 +133,7 @@ def _encode_good(
         refused = {i: p for i, row in enumerate(given) if (p := _refusal(row, first + i, encode))}
         bad |= refused
         encoded = encode([empty if i in bad else row for i, row in enumerate(rows)], first)
-    for index, problem in sorted(bad.items()):
-        quarantine.add(first + index, problem)
-    return [None if index in bad else row for index, row in enumerate(encoded)]
+    return [bad.get(index, row) for index, row in enumerate(encoded)]
 
 
 def _refusal(row: Row, number: int, encode: Encoder) -> BadRow | None:
@@ -138,6 +142,23 @@ def _refusal(row: Row, number: int, encode: Encoder) -> BadRow | None:
     except RowError as error:
         return BadRow(error.reason, row, error.detail)
     return None
+
+
+def drop_reason(row: Encoded, data: DataSpec) -> str | None:
+    """Why a row is dropped, as `tokenize` counts it; None: it is used, cut to `seq_len`.
+
+    `overlong` is a row that is not to be cut: where `data.overlong` is error, no row is dropped
+    for it.
+    """
+    if row.problem is not None:
+        return row.problem
+    if not row.supervised[1:].any():
+        return "no_supervised_token"
+    if len(row.ids) <= data.seq_len:
+        return None
+    if data.overlong is not Overlong.TRUNCATE:
+        return "overlong"
+    return None if row.supervised[1 : data.seq_len].any() else "truncated_supervision"
 
 
 def row_fraction(row: Row) -> float:
@@ -178,38 +199,29 @@ class _Counts:
     tokens: Counter[str] = field(default_factory=Counter)
     eval_tokens: Counter[str] = field(default_factory=Counter)
 
-    def fit(self, row: Encoded | None, data: DataSpec) -> Encoded | None:
-        """The row as it is used, at most `seq_len` tokens; None: dropped, and counted.
-
-        Args:
-            row: None: it is in the quarantine.
-        """
+    def fit(self, row: Encoded | BadRow, data: DataSpec) -> Encoded | None:
+        """The row as it is used, at most `seq_len` tokens; None: bad or dropped, and counted."""
         number = self.rows
         self.rows += 1
-        if row is None:
+        if isinstance(row, BadRow):
             self.bad += 1
             return None
         length = len(row.ids)
         self.max_length = max(self.max_length, length)
         self.lengths[max(SHORTEST_BIN, 1 << (length - 1).bit_length())] += 1
-        problem = row.problem or (None if _has_target(row) else "no_supervised_token")
-        if problem is None and length > data.seq_len:
-            if data.overlong is Overlong.ERROR:
-                raise DataError(
-                    f"row {number} has {length} tokens, data.seq_len is {data.seq_len}: raise it, "
-                    "or set data.overlong to truncate or drop"
-                )
-            row = Encoded(row.ids[: data.seq_len], row.supervised[: data.seq_len])
-            if data.overlong is Overlong.DROP:
-                problem = "overlong"
-            elif not _has_target(row):
-                problem = "truncated_supervision"
-            else:
-                self.truncated += 1
-        if problem is not None:
-            self.dropped[problem] += 1
+        reason = drop_reason(row, data)
+        if reason == "overlong" and data.overlong is Overlong.ERROR:
+            raise DataError(
+                f"row {number} has {length} tokens, data.seq_len is {data.seq_len}: raise it, "
+                "or set data.overlong to truncate or drop"
+            )
+        if reason is not None:
+            self.dropped[reason] += 1
             return None
-        return row
+        if length <= data.seq_len:
+            return row
+        self.truncated += 1
+        return Encoded(row.ids[: data.seq_len], row.supervised[: data.seq_len])
 
     def facts(self, train_rows: int, eval_rows: int, eval_unused: int) -> dict[str, Any]:
         """The counts as `tokenize` returns them."""
@@ -230,10 +242,6 @@ class _Counts:
             "eval_tokens": self.eval_tokens["tokens"],
             "eval_supervised_tokens": self.eval_tokens["supervised"],
         }
-
-
-def _has_target(row: Encoded) -> bool:
-    return bool(row.supervised[1:].any())
 
 
 class _HeldOut:

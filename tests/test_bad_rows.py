@@ -91,6 +91,24 @@ def test_the_odd_type_out_is_the_rarer_one(tmp_path):
     assert rows == chat[:150] + chat[151:] and lines[0]["position"] == "line 151"
 
 
+def test_rows_that_are_nested_too_deeply(tmp_path):
+    """Deeper than Python's parser goes, than Arrow's files, and as deep as these just take."""
+    nested = {
+        n: b'{"text": "a", "n": 1, "x": ' + b"[" * n + b"]" * n + b"}" for n in (5000, 64, 63)
+    }
+    path = write(tmp_path / "rows.jsonl", lines_with({3: nested[5000], 7: nested[64]}))
+    _, rows, lines = quarantined(tmp_path, path)
+    assert [row["n"] for row in rows] == [n for n in range(1, 501) if n not in (3, 7)]
+    assert [(line["position"], line["reason"], line["detail"]) for line in lines] == [
+        ("line 3", "nested too deeply", ""),
+        ("line 7", "column 'x' cannot be stored", "nested deeper than 64 levels"),
+    ]
+    write(path, nested[63])
+    assert load(DataSpec(source=str(path)), tmp_path / "out")["rows"] == 1
+    with pytest.raises(DataError, match=r"rows.json is not JSON: .*recursion"):
+        quarantined(tmp_path, write(tmp_path / "rows.json", b"[" + nested[5000] + b"]"))
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_max_rows_counts_the_bad_ones(tmp_path, name):
     bad = {2: b"nope", 5: b"nope", 7: b"nope", 12: b"nope"}

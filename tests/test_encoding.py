@@ -206,6 +206,10 @@ def test_labels_say_what_is_supervised(tmp_path, chatml):
 # What does not fit
 
 
+DEEP = '[{"a": ' + "[" * 600 + "]" * 600 + "}]"
+"""That Python's parser takes, and a walk through it in Python does not."""
+
+
 def row_of(value, speaker="human"):
     return {"conversations": [{"from": speaker, "value": value}]}
 
@@ -224,6 +228,10 @@ def row_of(value, speaker="human"):
          "column 'tools' holds text that is no JSON, expected a list of JSON schemas.* at row 0 "),
         ("messages", [{"messages": messages([("user", "x")]), "tools": ["weather"]}],
          "column 'tools' holds list, expected a list of JSON schemas.* at row 0 .list .'weather"),
+        ("messages", [{"messages": messages([("user", "x")]), "tools": "[" * 5000 + "]" * 5000}],
+         "column 'tools' is nested deeper than 64 levels, at row 0 "),
+        ("messages", [{"messages": messages([("user", "x")]), "tools": DEEP}],
+         "column 'tools' is nested deeper than 64 levels, at row 0 "),
         ("instruction", [{"instruction": "a", "input": 3, "output": "b"}],
          "column 'input' holds int, expected a string, at row 0 .int 3"),
         ("instruction", [{"instruction": "a", "output": None}], "'output' is null, at row 0"),
@@ -238,6 +246,8 @@ def row_of(value, speaker="human"):
          "labels are not those of input_ids .* at row 0 .has 2 where input_ids has 1"),
         ("tokens", [{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}],
          r"attention_mask has a 0 between its 1s.* at row 0 \(at 1\)"),
+        ("tokens", [{"input_ids": [1, 2, 3, 4, 5], "attention_mask": [0, 0, 1, 0, 1]}],
+         r"attention_mask has a 0 between its 1s.* at row 0 \(at 3\)"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit_are_refused(tmp_path, chatml, form, rows, message):

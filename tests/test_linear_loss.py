@@ -16,7 +16,8 @@ from transformers import (
 
 from ditty import linear_loss, loss
 from ditty.attention import forward_kwargs
-from ditty.batches import IGNORED, Batch, collate
+from ditty.batches import Batch, collate
+from ditty.encoding import IGNORED
 from ditty.linear_loss import linear_cross_entropy
 from ditty.loss import token_loss_sum
 from ditty.model import attention_name

@@ -119,7 +119,7 @@ def test_sources_of_other_columns_and_kinds_go_together(tmp_path):
         loaded(tmp_path, DataSpec.model_validate({"sources": sources}))
 
 
-def test_the_identity_is_all_that_decides_the_order(files, tmp_path):
+def test_the_identity_is_all_that_decides_the_order(files, tmp_path, monkeypatch):
     weights = {"a": 3.0, "b": 1.0}
     one = identify(mixture(files, weights))
     assert one == identify(mixture(files, weights, seq_len=99))
@@ -137,7 +137,11 @@ def test_the_identity_is_all_that_decides_the_order(files, tmp_path):
     assert len({json.dumps(identity) for identity in found}) == len(found)
     # Without weights nothing is drawn.
     plain = {"a": None, "b": None}
-    assert identify(mixture(files, plain, seed=1)) == identify(mixture(files, plain))
+    undrawn = identify(mixture(files, plain))
+    assert identify(mixture(files, plain, seed=1)) == undrawn
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"another {name}")
+    assert identify(mixture(files, weights)) != found[-1], "numpy draws"
+    assert identify(mixture(files, plain)) == undrawn
 
 
 def test_a_mixture_goes_through_the_stages(tmp_path, monkeypatch):

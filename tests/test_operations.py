@@ -241,6 +241,9 @@ def test_errors_name_operation_function_and_row(place, method, name, options, me
         ({"method": "select"}, "method: select needs function"),
         ({"method": "sort", "function": "a:b"}, "method: sort takes no function, but kwargs"),
         ({"method": "shuffle"}, "method: shuffle needs kwargs: seed"),
+        ({"method": "shuffle", "kwargs": {"seed": None}}, "kwargs.seed is None, expected a whole"),
+        ({"method": "shuffle", "kwargs": {"seed": True}}, "kwargs.seed is True, expected a whole"),
+        ({"method": "shuffle", "kwargs": {"seed": -1}}, "kwargs.seed is -1, expected a whole"),
         ({"method": "take", "kwargs": {"m": 3}}, "method: take has no argument 'm': expected n"),
         (
             {"method": "sort", "kwargs": {"column_name": "a"}},
@@ -283,6 +286,18 @@ def test_the_key_holds_all_that_an_operation_declares(place):
     assert [a == b for a, b in zip(keys, map(key_of, given), strict=True)] == [False] * 3 + [
         True
     ] * 4
+
+
+def test_an_identity_that_fails_names_the_operation(place):
+    (place / "keyed.py").write_text(textwrap.dedent(KEYED))
+    for function, kwargs, message in [
+        ("ditty.dedup:decontaminate", {}, r"{}: TypeError: .*'file'"),
+        ("keyed.py:keep", {"file": "no.txt"}, "no.txt'}: FileNotFoundError: .*no.txt"),
+    ]:
+        with pytest.raises(
+            DataError, match=f"operation select {function}: its `identity` .*{message}"
+        ):
+            key_of({"method": "select", "function": function, "kwargs": kwargs})
 
 
 def key_of(values):

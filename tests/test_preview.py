@@ -74,6 +74,21 @@ def test_it_shows_what_the_stages_make(tmp_path, home, overlong):
     assert shown[1].fate == "dropped: empty"
 
 
+@pytest.mark.parametrize("form", ["messages", "tokens"])
+def test_it_shows_rows_that_a_run_sets_aside(tmp_path, home, form):
+    """Those that the format cannot read, and those that only the encoder refuses."""
+    rows: list[Any] = [{"messages": messages(TALKS[0])} for _ in range(4)]
+    rows[1] = {"messages": [{"role": "user", "content": None}, *messages(TALKS[0])]}
+    if form == "tokens":
+        rows = [{"input_ids": ids} for ids in ([1, 2, 3], [4, 10_000], [3, 2, 1], [7, 8])]
+    changes = {"data__eval_fraction": 0.0, "data__max_bad_fraction": 0.5}
+    spec = make_spec(tmp_path, rows, data__format=form, **changes)
+    shown = preview(spec, Store(), 100)
+    (reason,) = prepare(spec)["tokenize"]["quarantined"]
+    aside = [(row.fate or "").startswith(f"set aside: {reason} (") for row in shown]
+    assert aside == [False, True, False, False] == [not row.tokens for row in shown]
+
+
 def test_it_reads_the_first_rows_alone(tmp_path, monkeypatch):
     source = "def rows():\n    for i in range(51):\n        assert i < 50\n"
     (tmp_path / "rows.py").write_text(

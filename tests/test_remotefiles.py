@@ -5,18 +5,22 @@
 import gzip
 import json
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
+import boto3
 import fsspec
 import pyarrow as pa
 import pytest
 import yaml
+from botocore.config import Config
 from pyarrow import parquet
 
-from ditty import tables
+from ditty import remotefiles, tables
 from ditty.dataspec import DataSpec
 from ditty.errors import DataError, RemoteDenied, RemoteError
 from ditty.sources import identify, load
@@ -73,6 +77,50 @@ def test_a_pattern_of_objects(tmp_path: Path, bucket) -> None:
     told = rf"s3://{bucket.name}/q/bad.csv: 1 of 1 rows .* not UTF-8, at row 2 "
     with pytest.raises(DataError, match=told):
         loaded(tmp_path, f"s3://{bucket.name}/q/bad.csv")
+
+
+def test_an_object_that_is_replaced_while_a_pattern_is_read(
+    tmp_path: Path, bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the listing that names it, from which s3fs would answer."""
+    bucket.put_object(Key="r/rows.jsonl", Body=lines(ROWS))
+    url = f"s3://{bucket.name}/r/*.jsonl"
+    known = identity_of(url)
+    find = remotefiles._find
+
+    def find_and_replace(source: str) -> Any:
+        found = find(source)
+        bucket.put_object(Key="r/rows.jsonl", Body=lines(ROWS[::-1]))
+        return found
+
+    monkeypatch.setattr(remotefiles, "_find", find_and_replace)
+    with pytest.raises(DataError, match="is not what it was when this run began"):
+        loaded(tmp_path, url, known)
+
+
+def presigned(bucket, version: str) -> str:
+    config = Config(signature_version=version)
+    place = bucket.meta.client.meta.endpoint_url
+    client = boto3.client("s3", endpoint_url=place, config=config)
+    what = {"Bucket": bucket.name, "Key": "rows.jsonl"}
+    return client.generate_presigned_url("get_object", what)
+
+
+def test_a_presigned_url_is_a_credential(bucket) -> None:
+    """As boto3 signs it; none of it may be written down, for whoever has it may read."""
+    bucket.put_object(Key="rows.jsonl", Body=lines(ROWS))
+    signed = [presigned(bucket, version) for version in ("s3", "s3v4")]
+    assert all(urllib.request.urlopen(url).read() == lines(ROWS) for url in signed)
+    for url in (
+        *signed,
+        "https://account.blob.core.windows.net/c/rows.jsonl?sv=2024-11-04&sp=r&sig=long-canary",
+        "https://storage.googleapis.com/b/rows.jsonl?X-Goog-Signature=long-canary",
+    ):
+        told = r"rows.jsonl\?.*=\.\.\. has credentials .* s3://bucket/"
+        with pytest.raises(DataError, match=told) as error:
+            identity_of(url)
+        values = [value for _, value in parse_qsl(urlsplit(url).query) if len(value) > 8]
+        assert values and not any(value in str(error.value) for value in values)
 
 
 def test_what_is_not_there_and_who_may_not(bucket, s3_env: pytest.MonkeyPatch) -> None:

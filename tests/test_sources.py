@@ -125,6 +125,27 @@ def test_types_hold_all_rows_whichever_batch_they_are_in(tmp_path):
     ]
 
 
+def test_integers_that_are_no_float_beside_floats_name_the_column(tmp_path):
+    big = '{"text": "a", "n": 9007199254740993}\n'
+    path = write(tmp_path / "rows.jsonl", big * 1000 + '{"text": "b", "n": 0.5}')
+    told = "rows.jsonl: column 'n' is double over all rows, .*9007199254740993 not in range"
+    with pytest.raises(DataError, match=told):
+        loaded(tmp_path, path)
+    write(path, big)
+    write(tmp_path / "more.jsonl", '{"text": "b", "n": 0.5}')
+    parts = [{"source": str(path)}, {"source": str(tmp_path / "more.jsonl")}]
+    for weight in (None, 1.0):
+        mixed = [{**part, "weight": weight} for part in parts]
+        values = {"sources": mixed, "stopping_strategy": "all_exhausted"}
+        data = DataSpec.model_validate(values)
+        with pytest.raises(DataError, match=told):
+            load(data, tmp_path)
+    for number, content in enumerate([[9007199254740993], [0.5]]):
+        parquet.write_table(pa.table({"n": content}), tmp_path / f"{number}.parquet")
+    with pytest.raises(DataError, match=told.replace("rows.jsonl", "0.parquet")):
+        loaded(tmp_path, tmp_path / "*.parquet")
+
+
 def test_local_files_need_no_datasets_and_leave_the_home_alone(tmp_path):
     path = write(tmp_path / "rows.jsonl", '{"text": "a"}')
     home = tmp_path / "user"
@@ -191,6 +212,9 @@ def test_a_function_says_what_else_its_rows_depend_on(tmp_path):
     assert a == again
     assert a["depends_on"] == {"version": 1}
     assert len({json.dumps(i) for i in (a, other_code, other_version)}) == 3
+    path.write_text(source.format("a", "1 / 0"))
+    with pytest.raises(DataError, match=r"rows.py:rows: its `identity` failed .*: ZeroDivision"):
+        identify(DataSpec(source=f"{path}:rows"))
 
 
 # Errors

@@ -124,12 +124,14 @@ def test_relative_paths_follow_the_file_not_the_current_directory(tmp_path, monk
     assert spec.model.base_model == "org/name"
 
 
-def test_a_relative_pattern_follows_the_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pattern", ["part-*.jsonl", "part-**.jsonl", "**/part-0.jsonl"])
+def test_a_relative_pattern_follows_the_file(tmp_path, monkeypatch, pattern):
     (tmp_path / "part-0.jsonl").write_text("{}\n")
     path = write(tmp_path, GOOD)
     monkeypatch.chdir("/")
-    found = load_spec(path, ["data.source=part-*.jsonl"]).data.source
-    assert found == f"{tmp_path}/part-*.jsonl"
+    assert load_spec(path, [f"data.source='{pattern}'"]).data.source == f"{tmp_path}/{pattern}"
+    for other in (f"{tmp_path}/{pattern}", f"no/{pattern}"):
+        assert load_spec(path, [f"data.source='{other}'"]).data.source == other
 
 
 def test_the_schema_has_a_description_for_every_key():
