@@ -7,6 +7,7 @@ directory: the stage's own artifact is the cache.
 import contextlib
 import difflib
 import operator
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from ditty.choices import OperationMethod
 from ditty.dataspec import Operation
 from ditty.errors import DataError, DittyError
 from ditty.sources import DATA
+
+PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 def apply(operation: Operation, source: Path, out: Path, num_proc: int) -> dict[str, Any]:
@@ -41,6 +44,7 @@ def apply(operation: Operation, source: Path, out: Path, num_proc: int) -> dict[
         functions.importable(),
         tempfile.TemporaryDirectory(prefix=".ditty-", dir=out) as scratch,
         _quiet(),
+        _environment(),
     ):
         after = _run(before, operation, label, Path(scratch), num_proc)
         schema = after.features.arrow_schema.remove_metadata()
@@ -175,6 +179,24 @@ def _check_removed(operation: Operation, present: list[str], label: str) -> None
             raise DataError(
                 f"{label}: remove_columns names {name!r}, the data has {', '.join(present)}{hint}"
             )
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Undo what datasets does to the environment where it starts processes.
+
+    It turns the tokenizers' threads off, for the processes' sake, and on again in a copy of
+    `os.environ` alone, which the library does not read: tokenization would go on with one thread.
+    """
+    environment, before = os.environ, os.environ.get(PARALLELISM)
+    try:
+        yield
+    finally:
+        os.environ = environment  # noqa: B003  (datasets has put a copy in its place)
+        if before is None:
+            environment.pop(PARALLELISM, None)
+        else:
+            environment[PARALLELISM] = before
 
 
 @contextlib.contextmanager

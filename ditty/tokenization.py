@@ -6,7 +6,8 @@ rows = train_rows + eval_rows + eval_unused + the sums of `dropped` and `quarant
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +61,9 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
         tables.TableWriter(out / TRAIN, token_schema()) as train,
         tables.TableWriter(out / EVAL, token_schema()) as evaluation,
     ):
-        for batch in table.select(list(columns.values())).to_batches(tables.BATCH_ROWS):
-            rows = [dict(zip(columns, row.values(), strict=True)) for row in batch.to_pylist()]
+        for rows, tried in _encoded(table.select(list(columns.values())), columns, encode):
             quarantine.read += len(rows)
             kept = []
-            tried = encode_rows(rows, columns, encode, counts.rows)
             for row, encoded in zip(rows, tried, strict=True):
                 if isinstance(encoded, BadRow):
                     quarantine.add(counts.rows, encoded)
@@ -79,6 +78,32 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     if train.rows == 0:
         raise DataError(f"no row is left to train on: {facts}")
     return facts
+
+
+def _encoded(
+    table: "pa.Table", columns: dict[str, str], encode: Encoder
+) -> Iterator[tuple[list[Row], list[Encoded | BadRow]]]:
+    """Rows of standard names and what they are as tokens, in batches, one ahead.
+
+    The library that encodes leaves the interpreter to others: what is made of a batch while the
+    next one is encoded costs no time.
+    """
+
+    def work(batch: "pa.RecordBatch", first: int) -> tuple[list[Row], list[Encoded | BadRow]]:
+        rows = [dict(zip(columns, row.values(), strict=True)) for row in batch.to_pylist()]
+        return rows, encode_rows(rows, columns, encode, first)
+
+    first = 0
+    before: Future[tuple[list[Row], list[Encoded | BadRow]]] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="ditty encode") as thread:
+        for batch in table.to_batches(tables.BATCH_ROWS):
+            this = thread.submit(work, batch, first)
+            first += batch.num_rows
+            if before is not None:
+                yield before.result()
+            before = this
+        if before is not None:
+            yield before.result()
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:

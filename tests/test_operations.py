@@ -326,3 +326,16 @@ def test_no_torch_and_nothing_in_the_home(place):
     assert done.stdout == "set()\n", done.stderr
     assert done.stderr == "", "no progress bars"
     assert not home.exists()
+
+
+@pytest.mark.parametrize("value", [None, "true"])
+def test_processes_leave_the_tokenizers_threads_as_they_were(place, monkeypatch, value):
+    """datasets turns them off in the real environment, which the library reads, for good."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
+    environment = os.environ
+    applied(place, "filter", "longer", num_proc=2, kwargs={"least": 4})
+    assert os.environ is environment
+    real = subprocess.run(["printenv", "TOKENIZERS_PARALLELISM"], capture_output=True, text=True)
+    assert real.stdout.strip() == (value or "")
