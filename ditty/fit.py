@@ -21,14 +21,8 @@ def expected_memory(spec: RunSpec, model_dir: Path | None) -> Memory | None:
     Args:
         model_dir: of the base model; None: not fetched yet.
     """
-    config = read_json(model_dir / "config.json") if model_dir else None
-    sizes = Sizes.of(config) if config else None
-    if sizes is None or resolve_device(spec.launch) != Device.CUDA:
-        return None
-    card = gpu_bytes()
-    budget = budget_of(spec.train, card) if card else None
-    tokens = spec.train.micro_batch * spec.data.seq_len
-    return plan_memory(spec.train, sizes, expect_held(spec, sizes), tokens, budget)
+    sizes = _sizes(spec, model_dir)
+    return None if sizes is None else _memory(spec, sizes, gpu_bytes())
 
 
 def fitted(spec: RunSpec, model_dir: Path | None) -> tuple[RunSpec, list[str]]:
@@ -39,57 +33,79 @@ def fitted(spec: RunSpec, model_dir: Path | None) -> tuple[RunSpec, list[str]]:
     Raises:
         SpecError: `train.micro_batch_size: auto` of a model whose memory is not predicted.
     """
-    spec, sharding = _with_sharding(spec, model_dir)
-    spec, rows = _with_micro_batch(spec, model_dir)
-    return spec, [line for line in (sharding, rows) if line]
+    cuts = spec.train.sharding is Sharding.AUTO and spec.launch.world_size > 1
+    if not cuts and spec.train.micro_batch_size != "auto":
+        return spec, []
+    sizes = _sizes(spec, model_dir)
+    card = None if sizes is None else gpu_bytes()  # asks a program: once, not for each candidate
+    why = []
+    if cuts:
+        spec, line = _with_sharding(spec, sizes, card)
+        why.append(line)
+    if spec.train.micro_batch_size == "auto":
+        spec, line = _with_micro_batch(spec, sizes, card)
+        why.append(line)
+    return spec, [line for line in why if line]
 
 
-def _with_sharding(spec: RunSpec, model_dir: Path | None) -> tuple[RunSpec, str]:
+def _sizes(spec: RunSpec, model_dir: Path | None) -> Sizes | None:
+    if model_dir is None or resolve_device(spec.launch) != Device.CUDA:
+        return None
+    config = read_json(model_dir / "config.json")
+    return Sizes.of(config) if config else None
+
+
+def _memory(spec: RunSpec, sizes: Sizes, card: float | None) -> Memory:
+    budget = budget_of(spec.train, card) if card else None
+    tokens = spec.train.micro_batch * spec.data.seq_len
+    return plan_memory(spec.train, sizes, expect_held(spec, sizes), tokens, budget)
+
+
+def _with_sharding(spec: RunSpec, sizes: Sizes | None, card: float | None) -> tuple[RunSpec, str]:
     """Replicas, or weights that are cut where those do not fit.
 
     Replicas are faster where they fit: no weight is sent anywhere.
     """
-    if spec.train.sharding is not Sharding.AUTO or spec.launch.world_size == 1:
-        return spec, ""
     replicas = _with_train(spec, sharding=Sharding.DDP)
-    memory = expected_memory(replicas, model_dir)
     if resolve_device(spec.launch) != Device.CUDA:
         return replicas, ""
-    if memory is None or memory.budget is None:
+    if sizes is None or not card:
         return replicas, "train.sharding is ddp: the memory that it takes, or there is, is unknown"
-    sizes = f"{memory.peak / 1e9:.1f} of {memory.budget / 1e9:.1f} GB a process"
+    memory = _memory(replicas, sizes, card)
+    assert memory.budget is not None, "of a known card"
+    share = f"{memory.peak / 1e9:.1f} of {memory.budget / 1e9:.1f} GB a process"
     if memory.fits:
-        return replicas, f"train.sharding is ddp: a copy of everything fits ({sizes})"
+        return replicas, f"train.sharding is ddp: a copy of everything fits ({share})"
     cut = _with_train(spec, sharding=Sharding.FSDP2)
     for problem in legal.problems(legal.Strategy.of(cut)):
-        return replicas, f"train.sharding is ddp, which may not fit ({sizes}): {problem}"
-    return cut, f"train.sharding is fsdp2: a copy of everything would not fit ({sizes})"
+        return replicas, f"train.sharding is ddp, which may not fit ({share}): {problem}"
+    return cut, f"train.sharding is fsdp2: a copy of everything would not fit ({share})"
 
 
-def _with_micro_batch(spec: RunSpec, model_dir: Path | None) -> tuple[RunSpec, str]:
+def _with_micro_batch(
+    spec: RunSpec, sizes: Sizes | None, card: float | None
+) -> tuple[RunSpec, str]:
     """As many rows at once as fit with all activations kept; beyond ENOUGH_TOKENS none is faster.
 
     The rows of a step stay: each number that divides them is tried, the largest first.
     """
-    if spec.train.micro_batch_size != "auto":
-        return spec, ""
     one = _with_train(spec, micro_batch_size=1)
     rows = spec.train.gradient_accumulation_steps
     if resolve_device(spec.launch) != Device.CUDA:
         return one, "train.micro_batch_size is 1, on CPUs"
-    first = expected_memory(one, model_dir)
-    if first is None or first.budget is None:
+    if sizes is None or not card:
         raise SpecError(
             "train.micro_batch_size: auto needs a model whose memory is predicted, and GPUs that "
             "tell theirs (nvidia-smi): set a number"
         )
+    first = _memory(one, sizes, card)
     for at_once in range(max(1, ENOUGH_TOKENS // spec.data.seq_len), 1, -1):
         if rows % at_once:
             continue
         steps = rows // at_once
         more = _with_train(one, micro_batch_size=at_once, gradient_accumulation_steps=steps)
-        memory = expected_memory(more, model_dir)
-        if memory is not None and memory.fits and memory.recomputed == first.recomputed:
+        memory = _memory(more, sizes, card)
+        if memory.fits and memory.recomputed == first.recomputed:
             return more, f"train.micro_batch_size is {at_once}, {steps} times a step"
     return one, f"train.micro_batch_size is 1, {rows} times a step"
 
