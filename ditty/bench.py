@@ -26,12 +26,13 @@ from ditty.shapes import SHAPES, Shape
 from ditty.shards import Piece, write_shards
 from ditty.spec import RunSpec
 from ditty.trainer import Place, Trainer
-from ditty.world import World
+from ditty.world import World, peak_memory
 
 log = logging.getLogger(__name__)
 
 WARM_STEPS = 4  # left out: compilation, and the allocator's first calls
 PROFILED_STEPS = 2
+HOST = torch.device("cpu")
 SHORTEST = 64  # tokens of a document, where rows hold several
 
 
@@ -139,15 +140,16 @@ def measure(spec: RunSpec, options: dict[str, Any], home: Path, world: World) ->
             table of kernels, or None).
     Returns:
         tokens_per_second over all processes, of all steps but the first WARM_STEPS;
-        peak_bytes of this process; load_seconds; first_step_seconds, from the loaded model;
-        programs compiled; the last loss; what memory was planned (planned_bytes,
+        peak_bytes of this process (on a GPU, the GPU's); host_peak_bytes, the most that any process
+        held above what it did before the model was loaded; load_seconds; first_step_seconds, from
+        the loaded model; programs compiled; the last loss; what memory was planned (planned_bytes,
         recomputed_blocks), where it was; on GPUs also ceiling_tflops (a bf16 product measured
         here) and share_of_ceiling.
     """
     shape = SHAPES[options["shape"]]
     stored, precision = spec.model.quantization, spec.train.precision
     folder = model_folder(options["shape"], stored, precision, home, world)
-    started = time.time()
+    imports, started = peak_memory(HOST), time.time()
     module = load_module(folder, spec.model, spec.train, world)
     feed = _feed(spec, shape, options.get("longest"), world)
     with tempfile.TemporaryDirectory(dir=home) as temporary:
@@ -158,12 +160,14 @@ def measure(spec: RunSpec, options: dict[str, Any], home: Path, world: World) ->
         loaded = time.time()
         trainer.fit()
         steps = [r for r in run.metrics() if r["kind"] == "train"]
+    above = max(world.gather(peak_memory(HOST) - imports))
     if not world.main:
         return {}
     seconds = (steps[-1]["time"] - steps[WARM_STEPS - 1]["time"]) / (len(steps) - WARM_STEPS)
     found = {
         "tokens_per_second": steps[-1]["tokens"] / seconds,
         "peak_bytes": steps[-1]["memory_bytes"],
+        "host_peak_bytes": above,
         "load_seconds": loaded - started,
         "first_step_seconds": steps[0]["time"] - loaded,
         "programs": programs(),

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import resource
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,7 +27,7 @@ from ditty.rng import choose_kernels, seed_all
 from ditty.rundir import RunDir, append_record
 from ditty.signals import stop_signal
 from ditty.spec import TrainSpec
-from ditty.world import World, single
+from ditty.world import World, peak_memory, single
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +308,7 @@ class Trainer:
             "supervised_tokens": work.supervised,
             "tokens": work.tokens,
             "tokens_per_second": work.tokens / seconds,
-            "memory_bytes": memory_bytes(self.world.device),
+            "memory_bytes": peak_memory(self.world.device),
             "seconds": seconds,
             "data_seconds": work.data_seconds,
             "time": time.time(),
@@ -368,10 +367,3 @@ class Trainer:
         if self.world.main:
             for index, sample in enumerate(samples):
                 append_record(self.run.samples_file, {"step": step, "index": index, **sample})
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory: allocated by torch on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

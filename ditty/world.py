@@ -1,8 +1,10 @@
 """The processes of one training: who we are, and the few things they tell each other."""
 
 import os
+import resource
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,3 +126,15 @@ def leave_world() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+    # Not getrusage's: that begins at what the parent process held.
+    (peak,) = (x.split()[1] for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+    return int(peak) * 1024

@@ -1,6 +1,8 @@
 """The rows of the speed table, each in processes of its own: ditty's, and TRL's beside it.
 
 python -m tests.bench_train [--only REGEX] [--compare] [--profile DIR] [--home DIR]
+
+Rows that begin with "2x" take two GPUs; their tokens are those of both.
 """
 
 import argparse
@@ -11,20 +13,31 @@ from pathlib import Path
 from ditty.benchmark import bench_spec, run_bench
 
 CKPT = ["train.activation_checkpointing=all"]
+NF4 = ["model.quantization=nf4"]
+TWO = ["launch.num_processes=2", "train.sharding=auto"]
+SHARDED = ["launch.num_processes=2", "train.sharding=fsdp2"]
+GIB = 2**30 / 1e9  # train.max_memory_gb counts in 10^9 bytes
 ROWS = {
     # name: (shape, rows a step, overrides)
     "1b-lora": ("1b", 8, []),
     "1b-lora-varied": ("1b", 8, []),
     "1b-lora-eager": ("1b", 8, ["train.compile=false"]),
     "1b-lora-fp8": ("1b", 8, ["model.quantization=fp8"]),
-    "1b-qlora": ("1b", 8, ["model.quantization=nf4"]),
+    "1b-qlora": ("1b", 8, NF4),
     "1b-full": ("1b", 8, ["model.adapter=none"]),
     "8b-lora": ("8b", 4, []),
     "8b-lora-ckpt": ("8b", 4, CKPT),
     "8b-lora-fp8": ("8b", 4, ["model.quantization=fp8"]),
     "8b-lora-fp8-ckpt": ("8b", 4, ["model.quantization=fp8", *CKPT]),
-    "8b-qlora": ("8b", 4, ["model.quantization=nf4"]),
-    "8b-qlora-ckpt": ("8b", 4, ["model.quantization=nf4", *CKPT]),
+    "8b-lora-20gib": ("8b", 4, [f"train.max_memory_gb={20 * GIB}"]),
+    "8b-qlora": ("8b", 4, NF4),
+    "8b-qlora-ckpt": ("8b", 4, [*NF4, *CKPT]),
+    "8b-qlora-9gib": ("8b", 4, [*NF4, f"train.max_memory_gb={9 * GIB}"]),
+    "2x8b-qlora": ("8b", 4, [*NF4, *TWO]),
+    "2x8b-qlora-fsdp2": ("8b", 4, [*NF4, *SHARDED]),
+    "2x8b-qlora-fsdp2-9gib": ("8b", 4, [*NF4, *SHARDED, f"train.max_memory_gb={9 * GIB}"]),
+    "2x8b-lora": ("8b", 4, TWO),
+    "2x70b-qlora-fsdp2": ("70b", 1, [*NF4, *SHARDED]),
 }
 
 
@@ -52,8 +65,12 @@ def main():
                 print(name, by, "FAILED", error, *lines[-12:], sep="\n", flush=True)
                 continue
             notes = [x for x in lines if "compiled" in x or "held in memory" in x]
-            shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
+            shown = {k: v if k == "loss" else _short(v) for k, v in found.items()}
             print(name, by, json.dumps(shown), "; ".join(notes)[:300], flush=True)
+
+
+def _short(value):
+    return round(value, 3) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
