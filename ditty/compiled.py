@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,27 +19,26 @@ from transformers import PreTrainedModel
 from ditty.batches import Bounds
 from ditty.choices import Precision, Sharding
 from ditty.errors import ModelError
+from ditty.recompute import recomputing
 from ditty.skeleton import blocks
 from ditty.spec import TrainSpec
 
 log = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
 
 # Programs for one block's code: sizes of batches, kinds of attention (sliding or not), layers with
 # and without something. Beyond it PyTorch would run blocks as they stand, and hardly say so.
 PROGRAMS = 32
 
 
-def compile_blocks(
+def are_compiled(
     model: PreTrainedModel, train: TrainSpec, bounds: Bounds | None, device: torch.device
 ) -> bool:
-    """Compile the blocks of `model` in place, where `train.compile` says so and it can be done.
-
-    What a block computes, that is: what happens around it (FSDP2's hooks) stays outside.
+    """Whether `model`'s blocks are to be compiled: `train.compile` says so, and it can be done.
 
     Args:
         bounds: what no micro batch exceeds; None: unknown.
-    Returns:
-        whether they are compiled: then each batch must go through `fill_up`.
     Raises:
         ModelError: `train.compile` is true, and it cannot be done.
     """
@@ -51,11 +51,63 @@ def compile_blocks(
     if why is not None and not train.compile:
         log.info("blocks are not compiled: %s", why)
         return False
-    _configure(train)
-    for block in blocks(model):
-        block.forward = torch.compile(block.forward, dynamic=False)
-    log.info("blocks are compiled at the first step")
     return True
+
+
+def compile_blocks(model: PreTrainedModel, train: TrainSpec, recomputed: int = 0) -> None:
+    """Compile the blocks of `model` in place; each batch must then go through `fill_up`.
+
+    What a block computes, that is: what happens around it (FSDP2's hooks) stays outside.
+
+    Args:
+        recomputed: how many blocks, the first ones, keep nothing but their inputs.
+    """
+    _configure(train)
+    seam = _Seam()
+    for number, block in enumerate(blocks(model)):
+        compiled = torch.compile(block.forward, dynamic=False)
+        if number < recomputed:
+            compiled = seam.choose(_compiled_whole(block.forward), recomputing(compiled))
+        block.forward = compiled
+    log.info("blocks are compiled at the first step")
+
+
+def _compiled_whole(forward: Forward) -> Forward:
+    """`forward` and its recomputation in one program, or torch's Unsupported when it is called.
+
+    Such a program leaves out what the gradients do not need, the last product of matrices above
+    all. (`activation_memory_budget` of 0, which torch._functorch offers, keeps as little, and draws
+    dropout anew: wrong gradients, with torch 2.13.)
+    """
+    whole: Forward = torch.compile(recomputing(forward), dynamic=False, fullgraph=True)
+    return whole
+
+
+class _Seam:
+    """Where recomputation meets compilation: within a program, or around it.
+
+    Around it where a block can't become one program (a part of it that is not traced): torch then
+    would run all of the block as it stands, and say nothing.
+    """
+
+    def __init__(self) -> None:
+        self.within = True
+
+    def choose(self, within: Forward, around: Forward) -> Forward:
+        """What runs the first as long as that goes, then the second."""
+        from torch._dynamo.exc import Unsupported
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.within:
+                try:
+                    return within(*args, **kwargs)
+                except Unsupported as error:  # nothing has run yet
+                    self.within = False
+                    why = str(error).partition("\n")[0]
+                    log.info("blocks are recomputed around what is compiled: %s", why)
+            return around(*args, **kwargs)
+
+        return forward
 
 
 def _why_not_unasked(train: TrainSpec, device: torch.device) -> str | None:

@@ -4,6 +4,7 @@ How many of them follows from the memory that the GPU has (ditty.memory).
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,8 +91,6 @@ def recompute_blocks(model: PreTrainedModel, count: int) -> None:
     """Let the first `count` blocks of `model` recompute.
 
     The first ones: when the backward pass comes to them, all that later blocks have kept is gone.
-    What a block computes may be compiled; this goes around it (within, PyTorch would compile
-    nothing, and say nothing of it).
 
     Raises:
         ModelError: the model names no blocks.
@@ -99,15 +98,13 @@ def recompute_blocks(model: PreTrainedModel, count: int) -> None:
     if not count:
         return
     for block in blocks(model)[:count]:
-        _recompute(block)
+        block.forward = recomputing(block.forward)
 
 
-def _recompute(block: Any) -> None:
-    inner = block.forward
+def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, of which nothing but its inputs is kept for the backward pass."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return inner(*args, **kwargs)
-        return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    block.forward = forward
+    return recomputed

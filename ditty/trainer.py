@@ -12,7 +12,7 @@ from ditty.attention import check_isolation
 from ditty.batches import Batch, fill_up, supervised_tokens, to_device
 from ditty.checkpoint import Checkpointer
 from ditty.choices import FinalWeights
-from ditty.compiled import as_it_stands, compile_blocks
+from ditty.compiled import are_compiled, as_it_stands, compile_blocks
 from ditty.errors import LESS_MEMORY, OutOfMemory, RunError, SpecError
 from ditty.evaluate import HeldOut, autocast, complete, held_out_loss
 from ditty.feed import Feed
@@ -93,12 +93,15 @@ class Trainer:
         choose_kernels(train.deterministic)
         self.parallel = make_parallel(module, train, self.world)
         model, bounds = self.parallel.model, feed.bounds
-        compiled = compile_blocks(model, train, bounds, self.world.device)
+        compiled = are_compiled(model, train, bounds, self.world.device)
         self.filled = bounds if compiled else None  # to what batches are filled up
         count, self.memory = choose_recomputed(
             self.parallel, train, bounds, self.world, compiled=compiled
         )
-        recompute_blocks(model, count)
+        if compiled:
+            compile_blocks(model, train, count)
+        else:
+            recompute_blocks(model, count)
         self.isolated = False  # not yet seen that documents of a batch leave each other alone
         self.progress = Progress()
         self.loss_scale = LossScale.of(train.precision)

@@ -14,11 +14,12 @@ from ditty.benchmark import bench_spec, run_bench
 
 CKPT = ["train.activation_checkpointing=all"]
 NF4 = ["model.quantization=nf4"]
+TWICE = ["train.gradient_accumulation_steps=2"]
 TWO = ["launch.num_processes=2", "train.sharding=auto"]
 SHARDED = ["launch.num_processes=2", "train.sharding=fsdp2"]
 GIB = 2**30 / 1e9  # train.max_memory_gb counts in 10^9 bytes
 ROWS = {
-    # name: (shape, rows a step, overrides)
+    # name: (shape, rows of a micro batch, overrides)
     "1b-lora": ("1b", 8, []),
     "1b-lora-varied": ("1b", 8, []),
     "1b-lora-eager": ("1b", 8, ["train.compile=false"]),
@@ -32,10 +33,10 @@ ROWS = {
     "8b-lora-20gib": ("8b", 4, [f"train.max_memory_gb={20 * GIB}"]),
     "8b-qlora": ("8b", 4, NF4),
     "8b-qlora-ckpt": ("8b", 4, [*NF4, *CKPT]),
-    "8b-qlora-9gib": ("8b", 4, [*NF4, f"train.max_memory_gb={9 * GIB}"]),
+    "8b-qlora-9gib": ("8b", 2, [*NF4, *TWICE, f"train.max_memory_gb={9 * GIB}"]),
     "2x8b-qlora": ("8b", 4, [*NF4, *TWO]),
     "2x8b-qlora-fsdp2": ("8b", 4, [*NF4, *SHARDED]),
-    "2x8b-qlora-fsdp2-9gib": ("8b", 4, [*NF4, *SHARDED, f"train.max_memory_gb={9 * GIB}"]),
+    "2x8b-qlora-fsdp2-9gib": ("8b", 2, [*NF4, *SHARDED, *TWICE, f"train.max_memory_gb={9 * GIB}"]),
     "2x8b-lora": ("8b", 4, TWO),
     "2x70b-qlora-fsdp2": ("70b", 1, [*NF4, *SHARDED]),
 }
