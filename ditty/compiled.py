@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ditty.batches import Bounds
 from ditty.choices import Precision, Sharding
 from ditty.errors import ModelError
-from ditty.recompute import recomputing
+from ditty.recompute import recomputes_within, recomputing
 from ditty.skeleton import blocks
 from ditty.spec import TrainSpec
 
@@ -63,7 +63,7 @@ def compile_blocks(model: PreTrainedModel, train: TrainSpec, recomputed: int = 0
         recomputed: how many blocks, the first ones, keep nothing but their inputs.
     """
     _configure(train)
-    seam = _Seam()
+    seam = _Seam(recomputes_within(model))
     for number, block in enumerate(blocks(model)):
         compiled = torch.compile(block.forward, dynamic=False)
         if number < recomputed:
@@ -90,8 +90,8 @@ class _Seam:
     would run all of the block as it stands, and say nothing.
     """
 
-    def __init__(self) -> None:
-        self.within = True
+    def __init__(self, within: bool) -> None:
+        self.within = within
 
     def choose(self, within: Forward, around: Forward) -> Forward:
         """What runs the first as long as that goes, then the second."""

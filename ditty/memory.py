@@ -154,6 +154,7 @@ class Held:
         copies: bytes of weights in the dtype of the arithmetic, and of gathered ones.
         full: all weights are trained.
         compiled: the blocks are.
+        within: recomputed blocks are recomputed within their program.
         dropout: before the adapter.
     """
 
@@ -162,6 +163,7 @@ class Held:
     copies: float
     full: bool
     compiled: bool
+    within: bool
     dropout: bool
 
 
@@ -210,6 +212,8 @@ def _memory(train: TrainSpec, sizes: Sizes, held: Held, tokens: int, recomputed:
     # A recomputed block's activations, and the gradients on the way through it, come when the
     # head is done; only where they are more than the head's do they count.
     through = tokens * (a_block + 2 * size * (sizes.intermediate + sizes.hidden))
+    if held.within:  # one program for both holds more at once (measured)
+        through += tokens * 5 * size * sizes.intermediate
     later = held.full and train.gradient_accumulation_steps == 1  # than all this
     forward = Memory(
         weights=held.weights + held.copies,
@@ -270,12 +274,14 @@ def expect_held(spec: RunSpec, sizes: Sizes) -> Held:
     elif full and size == 2:
         copies = size * trained
     held = 0.0 if train.cpu_offload and share > 1 else (base + 4 * adapter) / share
+    compiled = train.compile is not False and size == 2 and spec.sharding is not Sharding.ZERO3
     return Held(
         weights=held,
         trained=0 if train.cpu_offload else trained / share,
         copies=copies,
         full=full,
-        compiled=train.compile is not False and size == 2 and spec.sharding is not Sharding.ZERO3,
+        compiled=compiled,
+        within=compiled and model.quantization is Quantization.NONE,
         dropout=bool(model.lora_dropout) and not full,
     )
 

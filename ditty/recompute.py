@@ -76,11 +76,21 @@ def held_by(parallel: Parallel, train: TrainSpec, *, compiled: bool) -> Held:
         copies=copies,
         full=full,
         compiled=compiled,
+        within=compiled and recomputes_within(model),
         dropout=any(
             isinstance(m, torch.nn.Dropout) and m.p > 0 and "lora_dropout" in name
             for name, m in parallel.module.named_modules()
         ),
     )
+
+
+def recomputes_within(model: PreTrainedModel) -> bool:
+    """Whether a compiled block may recompute within its program.
+
+    Not with quantized weights: the program would keep what they are unpacked to (8B in NF4 took 19
+    GB in place of 10).
+    """
+    return getattr(model.config, "quantization_config", None) is None
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

@@ -21,17 +21,30 @@ def seed_all(seed: int) -> None:
 
 
 def choose_kernels(deterministic: bool) -> None:
-    """Let this process use, where a choice is, only kernels that give the same bits each time.
+    """Let this process use only kernels that give the same bits each time, or all.
 
-    Flash attention's backward pass follows PyTorch's switch. Memory-efficient attention, which
-    fp32 leads to, follows it only where the switch also turns operations without such a kernel into
-    errors; cuDNN's, which a mask in bf16 leads to, does not. Both are off, and there attention
-    takes memory for all pairs of tokens.
+    An operation that has no such kernel is then a RuntimeError, see `without_fixed_order`. With a
+    mere warning in its place (`warn_only`) flash attention keeps adding up the queries' gradient as
+    its blocks end, which documents of some hundred tokens and more show. cuDNN's attention, which a
+    mask in bf16 leads to, does not follow the switch; memory-efficient attention, which fp32 leads
+    to, was seen not to. Both are off, and there attention takes memory for all pairs of tokens.
     """
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
     torch.backends.cuda.enable_cudnn_sdp(not deterministic)
+
+
+def without_fixed_order(error: RuntimeError) -> str | None:
+    """What to tell the user if `error` is that of `choose_kernels`; None: it is another."""
+    said = str(error)
+    if "deterministic" not in said:
+        return None
+    operation = said.partition(" does not have a deterministic implementation")[0]
+    return (
+        f"{operation} has no kernel that adds in a fixed order, and train.deterministic asks for "
+        "those alone. Set train.deterministic: false; a resume is then equal but for rounding"
+    )
 
 
 def rng_state() -> dict[str, torch.Tensor]:

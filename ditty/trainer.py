@@ -23,11 +23,11 @@ from ditty.parallel import LossScale, make_parallel, scale_gradients, squared_no
 from ditty.progress import Progress
 from ditty.readout import Readout, Work, clip_factor
 from ditty.recompute import choose_recomputed, recompute_blocks
-from ditty.rng import choose_kernels, seed_all
+from ditty.rng import choose_kernels, seed_all, without_fixed_order
 from ditty.rundir import RunDir, append_record
 from ditty.signals import stop_signal
 from ditty.spec import TrainSpec
-from ditty.world import World, peak_memory, single
+from ditty.world import World, peak_memory, single, steady_cublas
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class Trainer:
         self.run, self.world = place.run, place.world
         self.beat = place.heartbeat or Heartbeat(None)
         self.total_steps = feed.total_steps(train)
+        steady_cublas(self.world.device.type)
         choose_kernels(train.deterministic)
         self.parallel = make_parallel(module, train, self.world)
         model, bounds = self.parallel.model, feed.bounds
@@ -123,7 +124,8 @@ class Trainer:
 
         Raises:
             RunError: loss or gradients are not finite; the state before that step stays. Or the
-                best weights are wanted, and there are none.
+                best weights are wanted, and there are none. Or an operation has no kernel that
+                `train.deterministic` allows.
             OutOfMemory: says where the memory was to go.
             StoreError, ArtifactDamaged, RunMismatch: see Checkpointer.
         """
@@ -146,6 +148,11 @@ class Trainer:
             raise OutOfMemory(
                 f"{error}.{planned} It would not fit the next time either: {LESS_MEMORY}"
             ) from error
+        except RuntimeError as error:
+            said = without_fixed_order(error)
+            if said is None:
+                raise
+            raise RunError(said) from error
         finally:
             self.checkpointer.wait()
         if outcome.finished and self.train.final_weights is FinalWeights.BEST:

@@ -110,8 +110,7 @@ def join_world(
             "Look at accelerate.yaml and launch.json of this attempt"
         )
     if device == "cuda":
-        # Before cuBLAS starts: a workspace a stream, without which it may add in another order.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        steady_cublas(device)
         torch.cuda.set_device(state.local_process_index)
     where = torch.device(device, state.local_process_index if device == "cuda" else None)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -120,6 +119,16 @@ def join_world(
     beside = device == "cuda" and several
     group = dist.new_group(backend="gloo", timeout=timeout) if beside else None
     return World(*ranks, where, local, group, timeout)
+
+
+def steady_cublas(device: str) -> None:
+    """A workspace a stream for cuBLAS, without which it may add in another order.
+
+    In the environment, before cuBLAS starts; what is there stays. torch refuses products of
+    matrices in deterministic mode where it is missing.
+    """
+    if device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def leave_world() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ditty import compiled
+from ditty import compiled, trainer
 from ditty.attention import forward_kwargs
 from ditty.batches import QUARTERS, Bounds, collate, fill_up
 from ditty.choices import Precision, Quantization
@@ -45,20 +45,21 @@ def without_inductor(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
-def train_on(root: Path, home: Path, *, stop_before: int | None = None, **keys):
+def train_on(root: Path, home: Path, *, stop_before: int | None = None, model=None, **keys):
     keys = {"max_steps": 12, **keys}
     train = TrainSpec(
         precision="fp32", micro_batch_size=2, gradient_accumulation_steps=1,
         learning_rate=1e-3, save_steps=5, **keys,
     )  # fmt: skip
-    spec = ModelSpec(base_model=str(root / "model"), lora_dropout=0.0)
+    model = {"lora_dropout": 0.0, **(model or {})}
+    spec = ModelSpec(base_model=str(root / "model"), **model)
     module = load_module(root / "model", spec, train, single())
     run = RunDir(home)
     home.mkdir(exist_ok=True)
     feed = packed_feed(read_rows(root / "train.arrow"), train, single())
-    trainer = Trainer(module, feed, train, Place(run))
+    training = Trainer(module, feed, train, Place(run))
     counts = []
-    step = trainer._step
+    step = training._step
 
     def counted(work, *args):
         step(work, *args)
@@ -66,10 +67,10 @@ def train_on(root: Path, home: Path, *, stop_before: int | None = None, **keys):
         if work.step == stop_before:
             run.stop_file.touch()
 
-    trainer._step = counted
-    outcome = trainer.fit()
+    training._step = counted
+    outcome = training.fit()
     run.stop_file.unlink(missing_ok=True)
-    return trainer, outcome, counts
+    return training, outcome, counts
 
 
 def losses(home: Path) -> list[float]:
@@ -79,14 +80,14 @@ def losses(home: Path) -> list[float]:
 def test_compiled_blocks_train_alike_and_resume_bitwise(root, tmp_path, without_inductor):
     train_on(root, tmp_path / "plain")
     before = compiled.programs()
-    trainer, _, counts = train_on(root, tmp_path / "compiled", compile=True)
-    assert trainer.filled and counts[-1] > before
+    training, _, counts = train_on(root, tmp_path / "compiled", compile=True)
+    assert training.filled and counts[-1] > before
     plain, found = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
     assert len(found) == 12
     assert found == pytest.approx(plain, rel=1e-6)
     sizes = {
-        fill_up(b, trainer.feed.bounds)["input_ids"].shape[1]
-        for group in (next(trainer.feed.steps(s)) for s in range(12))
+        fill_up(b, training.feed.bounds)["input_ids"].shape[1]
+        for group in (next(training.feed.steps(s)) for s in range(12))
         for b in group
     }
     assert 1 < len(sizes) <= QUARTERS  # and none of them compiled twice: see the next test
@@ -103,6 +104,56 @@ def test_nothing_is_compiled_anew_once_all_sizes_were_seen(root, tmp_path, witho
     _, _, counts = train_on(root, tmp_path / "run", **keys)  # the 24 rows in pairs, twice
     assert before < counts[0] < counts[11]
     assert len(set(counts[11:])) == 1
+
+
+def keep(saved: list[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    saved.append(tensor)
+    return tensor
+
+
+@pytest.fixture
+def recomputing_blocks(monkeypatch):
+    """Says how many blocks of the next training recompute."""
+    return lambda count: monkeypatch.setattr(
+        trainer, "choose_recomputed", lambda *_, **__: (count, None)
+    )
+
+
+def test_blocks_are_compiled_together_with_their_recomputation(
+    root, tmp_path, monkeypatch, recomputing_blocks
+):
+    """The same bits, dropout included, and of each block no more than its inputs is kept."""
+    backend = "aot_eager_decomp_partition"  # chooses what to keep as inductor does
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    found, kept = [], []
+    for count in (0, 2):
+        torch._dynamo.reset()
+        recomputing_blocks(count)
+        before, saved = compiled.programs(), []
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(keep, saved), lambda t: t):
+            train_on(
+                root, tmp_path / str(count), compile=True, max_steps=2, sampling="sequential",
+                model={"attention": "sdpa", "lora_dropout": 0.5},
+            )  # fmt: skip
+        assert compiled.programs() > before
+        found.append(losses(tmp_path / str(count)))
+        kept.append(sum(t.numel() for t in saved if not isinstance(t, torch.nn.Parameter)))
+    assert found[0] == found[1] and len(found[0]) == 2
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_what_is_not_traced_is_recomputed_around_what_is(
+    root, tmp_path, without_inductor, caplog, recomputing_blocks
+):
+    """Packed attention on CPUs is not: torch would compile nothing of the block, and not say so."""
+    caplog.set_level(logging.INFO)
+    train_on(root, tmp_path / "plain", max_steps=2)
+    recomputing_blocks(2)
+    before = compiled.programs()
+    train_on(root, tmp_path / "compiled", compile=True, max_steps=2)
+    assert "blocks are recomputed around what is compiled" in caplog.text
+    assert compiled.programs() > before
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
 
 
 def test_other_documents_do_not_see_what_a_batch_is_filled_up_with(root):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ditty.attention import packed_attention
 from ditty.batches import collate, to_device
 from ditty.choices import Precision, Quantization
 from ditty.evaluate import autocast
@@ -93,6 +94,27 @@ def test_attention_has_the_same_gradients_each_time(dtype):
     def gradients():
         q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        out.backward(torch.ones_like(out))
+        return torch.stack([q.grad, k.grad, v.grad])
+
+    try:
+        choose_kernels(deterministic=True)
+        first = gradients()
+        assert all(torch.equal(gradients(), first) for _ in range(30))
+    finally:
+        choose_kernels(deterministic=False)
+
+
+def test_packed_attention_has_the_same_gradients_each_time():
+    """Flash attention adds up the queries' gradient as its blocks end, unless it is forbidden."""
+    torch.manual_seed(0)
+    tensors = torch.randn(3, 1, 16, 8192, 64, device=GPU, dtype=torch.bfloat16)
+    ends = torch.arange(0, 8193, 2048, device=GPU, dtype=torch.int32)
+
+    def gradients():
+        q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
+        options = {"cu_seq_lens_q": ends, "max_length_q": 2048}
+        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, **options)
         out.backward(torch.ones_like(out))
         return torch.stack([q.grad, k.grad, v.grad])
 

@@ -60,7 +60,8 @@ def root(tmp_path_factory):
         quantize(root / "model", root / f"nf4-{precision}", Quantization.NF4, dtype)
     (root / "int8").mkdir()
     quantize(root / "model", root / "int8", Quantization.INT8, "bfloat16")
-    write_rows(root / "data" / "train.arrow", random_rows(30, longest=200))
+    # Long documents among them: attention adds up the gradient of one of 200 tokens in one order.
+    write_rows(root / "data" / "train.arrow", random_rows(30, longest=900))
     write_rows(root / "data" / "eval.arrow", random_rows(5, seed=1, longest=200))
     return root
 

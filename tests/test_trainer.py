@@ -429,3 +429,15 @@ def test_order_is_a_permutation_and_seekable():
     got = [*next(a), *next(b), *next(a), *next(b)]
     samples = order.samples(8)
     assert got == [next(samples) for _ in range(8)]
+
+
+def test_an_operation_without_a_deterministic_kernel_ends_the_run(folder, tmp_path):
+    def scattering(*_args):
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+
+    module = build(folder)
+    base_model(module).register_forward_hook(scattering)
+    with pytest.raises(RunError, match="put_ has no kernel .* Set train.deterministic: false"):
+        run_trainer(folder, tmp_path, module=module)
+    train = settings(deterministic=False, max_steps=1)
+    assert run_trainer(folder, tmp_path, train, name="any", module=module)[1].finished
