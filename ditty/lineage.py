@@ -21,6 +21,7 @@ INPUTS = {
     "data": ("pack",),
     "model": ("prequantize", "fetch"),
     "train": ("train",),
+    "merge": ("merge",),
 }
 CHECKPOINT = "checkpoint"
 NAMES = ("run", "base_model", "source", "function", "target")

@@ -20,6 +20,7 @@ class LoggedStage(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
     MERGE = "merge"
+    GGUF = "gguf"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ VERSIONS: dict[str, int] = {
     "evaluate": 1,
     "promote": 1,
     "merge": 2,
+    "gguf": 1,
     "export": 1,
 }
 
@@ -247,16 +248,29 @@ def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | No
     return make_ref("evaluate", title, inputs)
 
 
-def merge_ref(trained: str, model_key: str, dtype: str | None = None) -> StageRef:
-    """The stage that folds a trained adapter into its base.
+def merge_ref(trained: str, model_key: str | None, dtype: str | None = None) -> StageRef:
+    """The stage that folds a trained adapter into its base, or casts what was trained whole.
 
     Args:
         trained: of the training.
-        model_key: of the base model as it is, not quantized (`basemodel.key`).
+        model_key: of the base model as it is, not quantized (`basemodel.key`); None: the training
+            gave a whole model.
         dtype: torch's name, of the result; None: that of the base.
     """
     inputs = {"train": trained, "model": model_key, "dtype": dtype}
-    return make_ref("merge", f"merge {trained[:8]} into its base", inputs)
+    title = f"merge {trained[:8]} into its base" if model_key else f"cast {trained[:8]} to {dtype}"
+    return make_ref("merge", title, inputs)
+
+
+def gguf_ref(made: StageRef, name: str) -> StageRef:
+    """The stage that writes a whole model as a .gguf file.
+
+    Args:
+        made: a training of all weights, or a merge.
+        name: of the model, in the file.
+    """
+    inputs = {made.stage: made.key, "name": name}
+    return make_ref("gguf", f"write {made.key[:8]} as .gguf", inputs)
 
 
 def export_ref(made: StageRef, out: str) -> StageRef:
@@ -264,14 +278,16 @@ def export_ref(made: StageRef, out: str) -> StageRef:
     return make_ref("export", f"export to {out}", {made.stage: made.key, "out": out})
 
 
+TORCH_NAMES = {
+    Precision.FP32: "float32",
+    Precision.BF16: "bfloat16",
+    Precision.FP16: "float16",
+}
+
+
 def base_dtype(spec: RunSpec) -> str:
     """The torch name of the frozen base's dtype; trained weights are fp32 always."""
-    names = {
-        Precision.FP32: "float32",
-        Precision.BF16: "bfloat16",
-        Precision.FP16: "float16",
-    }
-    return names[spec.train.precision]
+    return TORCH_NAMES[spec.train.precision]
 
 
 def training_identity(spec: RunSpec, model_key: str, pack_key: str) -> dict[str, Any]:

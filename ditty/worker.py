@@ -1,8 +1,8 @@
 """`python -m ditty.worker STAGE ATTEMPT`: one stage in a process of its own.
 
 Reads attempt/job.json, does the work, and leaves attempt/result.json: the meaning of its end.
-STAGE is `fetch` (convert a GGUF or .bin files), `prequantize`, `train`, `evaluate`, `merge` or
-`bench`.
+STAGE is `fetch` (convert a GGUF or .bin files), `prequantize`, `train`, `evaluate`, `merge`,
+`gguf` or `bench`.
 """
 
 import dataclasses
@@ -129,11 +129,10 @@ def evaluate(job: Job, attempt: Path) -> Result:
 
 
 def merge(job: Job, attempt: Path) -> Result:
-    """The `merge` stage: on the CPU, whatever the machine has."""
+    """The `merge` stage: on the CPU, whatever the machine has; without an adapter it casts."""
     from ditty.export import merge as merge_into
 
     def make(out: Path) -> dict[str, Any]:
-        assert job.trained_dir is not None, "a merge reads an adapter"
         found = merge_into(
             job.model_dir,
             job.trained_dir,
@@ -147,6 +146,16 @@ def merge(job: Job, attempt: Path) -> Result:
         return found
 
     return _build(job, "merge", make, resumable=True)
+
+
+def gguf(job: Job, attempt: Path) -> Result:
+    """The `gguf` stage: a whole model as one file."""
+    from ditty.ggufexport import write_gguf
+
+    def make(out: Path) -> dict[str, Any]:
+        return write_gguf(job.model_dir, out, job.inputs["name"], progress=Shown("written"))
+
+    return _build(job, "gguf", make)
 
 
 def bench(job: Job, attempt: Path) -> Result:
@@ -301,6 +310,7 @@ STAGES: dict[str, Callable[[Job, Path], Result]] = {
     "train": train,
     "evaluate": evaluate,
     "merge": merge,
+    "gguf": gguf,
     "bench": bench,
 }
 

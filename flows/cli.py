@@ -116,20 +116,25 @@ def export(
     run: Annotated[str, typer.Argument(help="The run's name.")],
     to: Annotated[
         ExportTo,
-        typer.Option(help="The adapter, or a model with the adapter merged into its base."),
+        typer.Option(help="The adapter, or the adapter merged into its base: a folder, a file."),
     ] = ExportTo.ADAPTER,
     out: Annotated[
         str | None, typer.Option(help="A folder that is made, or s3://bucket/prefix/name.")
     ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="Of a whole model's weights; without it, that of the base."),
+    ] = None,
 ) -> None:
     """Copy the result of a run, an adapter or a whole model, to where it is used."""
-    from ditty.demo import use_it, use_model
+    from ditty.demo import use_gguf, use_it, use_model
 
-    found = _call("export", run, to, out)
+    found = _call("export", run, to, out, dtype)
     place = found["out"] or found["path"]
     console.print(f"\n[bold]result[/]: {escape(place)}", soft_wrap=True)
     folder = out if out and "://" not in out else found["path"]  # what transformers can read
-    lines = use_it(folder, found["base"]) if found["base"] else use_model(folder)
+    use = use_gguf if to is ExportTo.GGUF else use_model
+    lines = use_it(folder, found["base"]) if found["base"] else use(folder)
     console.print(f"[bold]use it[/]\n{escape(lines)}", soft_wrap=True)
 
 

@@ -9,8 +9,8 @@ from prefect.logging import get_run_logger
 
 from ditty import basemodel, stages
 from ditty.artifacts import Store, read_manifest
-from ditty.choices import Adapter, Device, ExportTo
-from ditty.errors import RunError
+from ditty.choices import Adapter, Device, ExportTo, Precision
+from ditty.errors import RunError, SpecError
 from ditty.files import locked, read_json
 from ditty.remote import Remote
 from ditty.spec import RunSpec
@@ -38,36 +38,50 @@ class Trained:
 
 
 @flow(name="export", flow_run_name="export {run}", retries=0, persist_result=False)
-def export(run: str, to: ExportTo = ExportTo.ADAPTER, out: str | None = None) -> dict[str, Any]:
+def export(
+    run: str,
+    to: ExportTo = ExportTo.ADAPTER,
+    out: str | None = None,
+    dtype: Precision | None = None,
+) -> dict[str, Any]:
     """The result of a run: what was trained, or a whole model; copied to `out`.
 
     The copy is verified file by file, and a copy that was cut short goes on where it was.
 
     Args:
         run: The run's name.
-        to: The adapter in peft's layout, or a model with the adapter merged into its unquantized
-            base. Where everything was trained (`model.adapter: none`), either is the model.
+        to: The adapter in peft's layout, a model with the adapter merged into its unquantized
+            base, or that as a .gguf file. Where everything was trained (`model.adapter: none`),
+            the first two are the model.
         out: A folder that is made, or `s3://bucket/prefix/name`; without it, the result stays in
             the store.
+        dtype: Of the weights of a whole model; without it, that of the base, or that they were
+            trained in.
 
     Returns:
         {"run", "to", "path": in the store, "out": the url of the copy or None, "digest": SHA-256
         of its content, "base": the model beside which an adapter is loaded, or None}
     Raises:
         RunError: there is no such run, it has no result, or its base model is another by now.
+        SpecError: a dtype for an adapter.
         RemoteError: another content is there already, or the place cannot be reached.
         DittyError: what else stopped it.
     """
     store = Store()
     trained = _newest(run, store)
+    is_adapter = to is ExportTo.ADAPTER and trained.spec.model.adapter is not Adapter.NONE
+    if is_adapter and dtype is not None:
+        raise SpecError(
+            f"--dtype: got {dtype}, but an adapter is copied as it was trained (fp32): leave it "
+            "out, or use `--to merged` or `--to gguf`"
+        )
 
     def body(call: Caller) -> dict[str, Any]:
         url = checked_url(out)
-        result = _result(call, trained, to)
+        result = _result(call, trained, to, dtype)
         path = store.path(result.stage, result.key)
         if url is not None:
             copy_to(call, result, url)
-        is_adapter = to is ExportTo.ADAPTER and trained.spec.model.adapter is not Adapter.NONE
         return {
             "run": run,
             "to": to.value,
@@ -110,18 +124,42 @@ def checked_url(out: str | None) -> str | None:
     return f"{parent}/{name}"
 
 
-def _result(call: Caller, trained: Trained, to: ExportTo) -> StageRef:
+def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | None) -> StageRef:
     """The stage whose artifact is wanted; it is in the store then.
 
     Raises:
         RunError: the training's result is gone, or its base model is another by now.
     """
     spec, store = call.spec, call.store
-    ref = _training(spec, store, trained.key)
-    if to is ExportTo.ADAPTER or spec.model.adapter is Adapter.NONE:
-        return ref
+    made = _training(spec, store, trained.key)
+    if spec.model.adapter is Adapter.NONE:
+        if dtype is not None:
+            folder = store.path(made.stage, made.key)
+            cast = stages.merge_ref(trained.key, None, stages.TORCH_NAMES[dtype])
+            made = _made(call, cast, Work(spec, store, folder))
+    elif to is not ExportTo.ADAPTER:
+        made = _merged(call, made, dtype)
+    if to is ExportTo.GGUF:
+        work = Work(spec, store, store.path(made.stage, made.key))
+        made = _made(call, stages.gguf_ref(made, spec.name), work)
+    return made
+
+
+def _made(call: Caller, ref: StageRef, work: Work) -> StageRef:
+    with locked(work.run.flow_lock, shared=True):
+        call.cached(tasks.make_model, ref, work)
+    return ref
+
+
+def _merged(call: Caller, training: StageRef, dtype: Precision | None) -> StageRef:
+    """The stage that merges the adapter into its base, done.
+
+    Raises:
+        RunError: the base model is another by now.
+    """
+    spec, store = call.spec, call.store
     base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
-    if stages.model_key(base) != ref.inputs["model"]:
+    if stages.model_key(base) != training.inputs["model"]:
         raise RunError(
             f"{spec.model.base_model} is not the model that run {spec.name} was trained upon: its "
             "files have changed since, so the adapter does not belong to them. Put the earlier "
@@ -129,11 +167,9 @@ def _result(call: Caller, trained: Trained, to: ExportTo) -> StageRef:
             "again), or use `--to adapter`"
         )
     assert base.model_dir is not None, "the base model was fetched"
-    merge = stages.merge_ref(trained.key, basemodel.key(base.base))
-    work = Work(spec, store, base.model_dir).of_result(trained.key)
-    with locked(work.run.flow_lock, shared=True):
-        call.cached(tasks.make_model, merge, work)
-    return merge
+    name = None if dtype is None else stages.TORCH_NAMES[dtype]
+    merge = stages.merge_ref(training.key, basemodel.key(base.base), name)
+    return _made(call, merge, Work(spec, store, base.model_dir).of_result(training.key))
 
 
 def _training(spec: RunSpec, store: Store, key: str) -> StageRef:

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from ditty import stages
 from ditty.artifacts import Store, verify
-from ditty.choices import ExportTo, Quantization
-from ditty.errors import DittyError, RemoteError, RunError
+from ditty.choices import ExportTo, Precision, Quantization
+from ditty.errors import DittyError, RemoteError, RunError, SpecError
 from ditty.files import write_json
-from ditty.lineage import lineage
+from ditty.ggufexport import FILE
+from ditty.lineage import Node, lineage
 from ditty.quantize import quantize
 from ditty.remote import Remote, final_name
 from ditty.rundir import RunDir
@@ -30,6 +31,8 @@ from tests.architectures import rewrite
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.served import tiny_spec
 from tests.test_merge import trained
+from tests.tiny import make_model_folder, tiny_config
+from tests.tokenizers_for_tests import train_tokenizer
 
 
 def leave_word(run: RunDir, spec: RunSpec, key: str) -> None:
@@ -114,6 +117,9 @@ def test_the_key_of_a_merge() -> None:
     others = [stages.merge_ref("x", "b"), stages.merge_ref("a", "x")]
     others += [stages.merge_ref("a", "b", "bfloat16")]
     assert len({ref.key for ref in (first, *others)}) == 4
+    files = [stages.gguf_ref(first, "mine"), stages.gguf_ref(first, "yours")]
+    files.append(stages.gguf_ref(others[0], "mine"))
+    assert len({ref.key for ref in files}) == 3
     assert stages.export_ref(first, "file:///x").key != stages.export_ref(first, "file:///y").key
 
 
@@ -121,7 +127,12 @@ def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefec
     """An adapter of an nf4 base, merged into fp32: what it is beside the unquantized base."""
     values = tiny_spec(tmp_path, "mine", 4)
     values["model"]["quantization"] = "nf4"
+    train_tokenizer(tmp_path / "model")
     spec, store = RunSpec.model_validate(values), Store(home)
+
+    def chain(out: Path) -> tuple[Node, ...]:
+        return lineage(str(out), store).parents
+
     train = stages.resolve(spec, store).need("train")
     (tmp_path / "nf4").mkdir()
     quantize(tmp_path / "model", tmp_path / "nf4", Quantization.NF4, "float32")
@@ -146,11 +157,43 @@ def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefec
     assert (expected - plain).abs().max() > 1e-3
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
-    kinds = {parent.kind for parent in lineage(str(tmp_path / "out"), store).parents}
+    with pytest.raises(SpecError, match="--dtype: got bf16, but an adapter is copied as"):
+        export("mine", dtype=Precision.BF16)
+    file = export("mine", ExportTo.GGUF, str(tmp_path / "file"))
+    assert file["base"] is None and [p.kind for p in chain(tmp_path / "file")] == ["merge"]
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "file", gguf_file=FILE)
+    assert torch.equal(read(ids).logits, ours)
+
+    kinds = {parent.kind for parent in chain(tmp_path / "out")}
     assert kinds == {"train", "model"}
     rewrite(tmp_path / "model", lambda tensors: [t.mul_(2) for t in tensors.values()])
     with pytest.raises(RunError, match="its files have changed since"):
         export("mine", ExportTo.MERGED)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_trained_whole(tmp_path: Path, home: Path, prefect_api: str) -> None:
+    """Cast to bf16, and that written as .gguf: each weight rounded once."""
+    values = tiny_spec(tmp_path, "mine", 4)
+    values["model"]["adapter"] = "none"
+    spec, store = RunSpec.model_validate(values), Store(home)
+    train = stages.resolve(spec, store).need("train")
+    with store.commit("train", train.key, {"stage": "train", "inputs": train.inputs}) as staging:
+        make_model_folder(staging, tiny_config(hidden_size=32))
+        train_tokenizer(staging)
+    leave_word(RunDir.named("mine", home), spec, train.key)
+    trained = AutoModelForCausalLM.from_pretrained(export("mine")["path"])
+    assert export("mine", ExportTo.MERGED)["path"] == export("mine")["path"]
+    cast = export("mine", ExportTo.MERGED, dtype=Precision.BF16)["path"]
+    export("mine", ExportTo.GGUF, str(tmp_path / "file"), Precision.BF16)
+    ours = AutoModelForCausalLM.from_pretrained(cast)
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "file", gguf_file=FILE, dtype=torch.bfloat16
+    )
+    assert ours.dtype == torch.bfloat16
+    for name, value in trained.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value.bfloat16()), name
+        assert torch.equal(read.state_dict()[name], value.bfloat16()), name
 
 
 def test_the_command(made: Path) -> None:
