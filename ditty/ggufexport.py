@@ -4,7 +4,7 @@ One tensor at a time: in memory is the largest of them, and once more of it whil
 Names of tensors and keys are llama.cpp's own, from its package gguf.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -94,13 +94,19 @@ def interleave(value: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def write_gguf(
-    folder: Path, out: Path, name: str, *, progress: Progress | None = None
+    folder: Path,
+    out: Path,
+    name: str,
+    ends: Sequence[int] = (),
+    *,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the unquantized model in `folder` as `FILE` into the existing folder `out`.
 
     Args:
         folder: config.json, safetensors, tokenizer; perhaps generation_config.json.
         name: of the model, for people.
+        ends: ids at which generation ends, besides those that the folder names.
         progress: called after each tensor with source bytes done, source bytes in all, and name.
     Returns:
         facts: architecture, weights (a count), bytes, and those of `write_vocabulary`.
@@ -121,7 +127,7 @@ def write_gguf(
         writer.add_name(name)
         _write_shape(writer, config)
         writer.add_file_type(FILE_TYPES[max(t.source.dtype for t in tensors)])
-        facts = write_vocabulary(writer, folder, config.vocab_size)
+        facts = write_vocabulary(writer, folder, config.vocab_size, ends)
         _write_tensors(writer, tensors, factors, progress)
     finally:
         writer.close()

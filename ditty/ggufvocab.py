@@ -5,18 +5,18 @@ be written. Source: the GGUF specification (tokenizer.ggml.*), and the package g
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from ditty.errors import ModelError
-from ditty.files import read_json
+from ditty.package import generation_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-GENERATION_CONFIG = "generation_config.json"
 BYTES = "ByteLevel"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -31,11 +31,14 @@ SPLITS = {
 }
 
 
-def write_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> dict[str, Any]:
+def write_vocabulary(
+    writer: GGUFWriter, folder: Path, size: int, ends: Sequence[int] = ()
+) -> dict[str, Any]:
     """Put the tokenizer in `folder`, its chat template and its special tokens into `writer`.
 
     Args:
         size: rows of the embedding; ids without a token get one that is never used.
+        ends: ids at which generation ends, besides those of tokenizer and generation config.
     Returns:
         facts: tokenizer (llama.cpp's name of how it splits a text), tokens.
     Raises:
@@ -60,7 +63,7 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> dict[str, A
     special.chat_template = tokenizer.chat_template
     special.add_special_token = _added_around(tokenizer)
     special.add_to_gguf(writer, quiet=True)
-    _write_stops(writer, tokenizer, folder)
+    _write_stop(writer, tokenizer, [*ends, *generation_ends(folder)])
     return {"tokenizer": split, "tokens": len(tokens)}
 
 
@@ -123,10 +126,8 @@ def _added_around(tokenizer: "PreTrainedTokenizerFast") -> dict[str, bool]:
     return {"bos": ids[0] == tokenizer.bos_token_id, "eos": ids[-1] == tokenizer.eos_token_id}
 
 
-def _write_stops(writer: GGUFWriter, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """A second token at which generation ends; the first is the tokenizer's own (eos)."""
-    stops = (read_json(folder / GENERATION_CONFIG) or {}).get("eos_token_id") or []
-    stops = stops if isinstance(stops, list) else [stops]
-    others = [stop for stop in stops if stop != tokenizer.eos_token_id]
+def _write_stop(writer: GGUFWriter, tokenizer: "PreTrainedTokenizerFast", ends: list[int]) -> None:
+    """A second token at which generation ends (eot); the first is the tokenizer's own (eos)."""
+    others = [end for end in ends if end != tokenizer.eos_token_id]
     if others:
         writer.add_eot_token_id(others[0])

@@ -22,6 +22,7 @@ INPUTS = {
     "model": ("prequantize", "fetch"),
     "train": ("train",),
     "merge": ("merge",),
+    "gguf": ("gguf",),
 }
 CHECKPOINT = "checkpoint"
 NAMES = ("run", "base_model", "source", "function", "target")

@@ -32,6 +32,7 @@ VERSIONS: dict[str, int] = {
     "promote": 1,
     "merge": 2,
     "gguf": 1,
+    "package": 1,
     "export": 1,
 }
 
@@ -262,14 +263,15 @@ def merge_ref(trained: str, model_key: str | None, dtype: str | None = None) -> 
     return make_ref("merge", title, inputs)
 
 
-def gguf_ref(made: StageRef, name: str) -> StageRef:
+def gguf_ref(made: StageRef, name: str, ends: list[int]) -> StageRef:
     """The stage that writes a whole model as a .gguf file.
 
     Args:
         made: a training of all weights, or a merge.
         name: of the model, in the file.
+        ends: ids of the tokens with which the model has learned to end, besides those it has.
     """
-    inputs = {made.stage: made.key, "name": name}
+    inputs = {made.stage: made.key, "name": name, "ends": ends}
     return make_ref("gguf", f"write {made.key[:8]} as .gguf", inputs)
 
 

@@ -153,7 +153,8 @@ def gguf(job: Job, attempt: Path) -> Result:
     from ditty.ggufexport import write_gguf
 
     def make(out: Path) -> dict[str, Any]:
-        return write_gguf(job.model_dir, out, job.inputs["name"], progress=Shown("written"))
+        name, ends = job.inputs["name"], job.inputs["ends"]
+        return write_gguf(job.model_dir, out, name, ends, progress=Shown("written"))
 
     return _build(job, "gguf", make)
 
@@ -275,8 +276,11 @@ def _heartbeat(attempt: Path, rank: int) -> Any:
 
 def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str, Any]) -> None:
     """The trained adapter or model as an artifact, with its tokenizer and its metrics."""
+    from ditty.data import read_rows
     from ditty.model import save_trained
+    from ditty.package import learned_ends
 
+    assert job.data_dir is not None, "training reads packed rows"
     records = list(trainer.run.metrics())
     facts: dict[str, Any] = {
         "stage": "train",
@@ -286,6 +290,7 @@ def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str
         "steps": outcome.step,
         "eval": [{k: r[k] for k in ("step", "loss")} for r in records if r["kind"] == "eval"],
         "loss": next((r["loss"] for r in reversed(records) if r["kind"] == "train"), None),
+        "ends": learned_ends(read_rows(job.data_dir / "train.arrow")),
     }
     if job.spec.train.final_weights is FinalWeights.BEST:
         facts["best_step"] = trainer.progress.best_step  # the one that the weights are of

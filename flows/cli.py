@@ -125,11 +125,14 @@ def export(
         Precision | None,
         typer.Option(help="Of a whole model's weights; without it, that of the base."),
     ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="For the card; without it, that of a local base model.")
+    ] = None,
 ) -> None:
     """Copy the result of a run, an adapter or a whole model, to where it is used."""
     from ditty.demo import use_gguf, use_it, use_model
 
-    found = _call("export", run, to, out, dtype)
+    found = _call("export", run, to, out, dtype, license)
     place = found["out"] or found["path"]
     console.print(f"\n[bold]result[/]: {escape(place)}", soft_wrap=True)
     folder = out if out and "://" not in out else found["path"]  # what transformers can read

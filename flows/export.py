@@ -12,12 +12,14 @@ from ditty.artifacts import Store, read_manifest
 from ditty.choices import Adapter, Device, ExportTo, Precision
 from ditty.errors import RunError, SpecError
 from ditty.files import locked, read_json
+from ditty.package import GENERATION_CONFIG, generation_config, package_ref
 from ditty.remote import Remote
 from ditty.spec import RunSpec
 from ditty.specfile import parse_spec
 from ditty.stages import StageRef
 from ditty.status import find_run
 from flows import line, tasks
+from flows.card import card_files
 from flows.frame import framed
 from flows.mirror import have_result
 from flows.tasks import Caller
@@ -43,6 +45,7 @@ def export(
     to: ExportTo = ExportTo.ADAPTER,
     out: str | None = None,
     dtype: Precision | None = None,
+    license: str | None = None,
 ) -> dict[str, Any]:
     """The result of a run: what was trained, or a whole model; copied to `out`.
 
@@ -57,6 +60,8 @@ def export(
             the store.
         dtype: Of the weights of a whole model; without it, that of the base, or that they were
             trained in.
+        license: For the card, an identifier of the hub's (apache-2.0); without it, that of the
+            README in the base model's folder.
 
     Returns:
         {"run", "to", "path": in the store, "out": the url of the copy or None, "digest": SHA-256
@@ -78,7 +83,8 @@ def export(
 
     def body(call: Caller) -> dict[str, Any]:
         url = checked_url(out)
-        result = _result(call, trained, to, dtype)
+        made = _result(call, trained, to, dtype)
+        result = _package(call, made, trained.key, to, license)
         path = store.path(result.stage, result.key)
         if url is not None:
             copy_to(call, result, url)
@@ -141,7 +147,7 @@ def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | Non
         made = _merged(call, made, dtype)
     if to is ExportTo.GGUF:
         work = Work(spec, store, store.path(made.stage, made.key))
-        made = _made(call, stages.gguf_ref(made, spec.name), work)
+        made = _made(call, stages.gguf_ref(made, spec.name, _ends(store, trained.key)), work)
     return made
 
 
@@ -170,6 +176,26 @@ def _merged(call: Caller, training: StageRef, dtype: Precision | None) -> StageR
     name = None if dtype is None else stages.TORCH_NAMES[dtype]
     merge = stages.merge_ref(training.key, basemodel.key(base.base), name)
     return _made(call, merge, Work(spec, store, base.model_dir).of_result(training.key))
+
+
+def _ends(store: Store, train: str) -> list[int]:
+    """With which tokens a training has taught to end; none where it was before that was kept."""
+    ends: list[int] = read_manifest(store.path("train", train)).facts.get("ends", [])
+    return ends
+
+
+def _package(
+    call: Caller, made: StageRef, train: str, to: ExportTo, license: str | None
+) -> StageRef:
+    """The stage that puts a card and where to stop beside what was made, done."""
+    store = call.store
+    beside = card_files(call.spec, store, train, to, license)
+    if to is not ExportTo.GGUF:  # which has all of it in itself
+        folder = store.path(made.stage, made.key)
+        beside[GENERATION_CONFIG] = generation_config(folder, _ends(store, train))
+    ref = package_ref(made, beside)
+    call.cached(tasks.package, ref, made, beside, store)
+    return ref
 
 
 def _training(spec: RunSpec, store: Store, key: str) -> StageRef:

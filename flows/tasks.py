@@ -9,6 +9,7 @@ from prefect import State, Task, task
 from prefect.logging import get_run_logger
 
 from ditty import basemodel, launch, share, stages
+from ditty import package as packages
 from ditty.artifacts import MANIFEST, Manifest, Store, read_manifest
 from ditty.files import read_json, write_json
 from ditty.promotion import InPlace, Promotions
@@ -101,6 +102,14 @@ def upload(ref: StageRef, trained: StageRef, spec: RunSpec, store: Store) -> Ref
         return {}
 
     facts = {"stage": ref.stage, "inputs": ref.inputs, **receipt}
+    return reference(ref, store.build(ref.stage, ref.key, facts, make))
+
+
+@task(name="package", task_run_name="{ref.title}")
+def package(ref: StageRef, made: StageRef, beside: dict[str, bytes], store: Store) -> Reference:
+    """What is exported of `made`, in this process: links, and a few small files."""
+    make = partial(packages.package, made, beside, store)
+    facts = {"stage": ref.stage, "inputs": ref.inputs}
     return reference(ref, store.build(ref.stage, ref.key, facts, make))
 
 

