@@ -119,7 +119,8 @@ def export(
         typer.Option(help="The adapter, or the adapter merged into its base: a folder, a file."),
     ] = ExportTo.ADAPTER,
     out: Annotated[
-        str | None, typer.Option(help="A folder that is made, or s3://bucket/prefix/name.")
+        str | None,
+        typer.Option(help="A folder that is made, s3://bucket/prefix/name, or hub:ORG/NAME."),
     ] = None,
     dtype: Annotated[
         Precision | None,
@@ -128,14 +129,17 @@ def export(
     license: Annotated[
         str | None, typer.Option(help="For the card; without it, that of a local base model.")
     ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="A repository that is made at the hub is for all.")
+    ] = False,
 ) -> None:
     """Copy the result of a run, an adapter or a whole model, to where it is used."""
     from ditty.demo import use_gguf, use_it, use_model
 
-    found = _call("export", run, to, out, dtype, license)
+    found = _call("export", run, to, out, dtype, license, public)
     place = found["out"] or found["path"]
     console.print(f"\n[bold]result[/]: {escape(place)}", soft_wrap=True)
-    folder = out if out and "://" not in out else found["path"]  # what transformers can read
+    folder = _readable(out, found["path"])
     use = use_gguf if to is ExportTo.GGUF else use_model
     lines = use_it(folder, found["base"]) if found["base"] else use(folder)
     console.print(f"[bold]use it[/]\n{escape(lines)}", soft_wrap=True)
@@ -147,7 +151,8 @@ def quantize(
     ],
     to: Annotated[Quantization, typer.Option(help="The format.")] = Quantization.NF4,
     out: Annotated[
-        str | None, typer.Option(help="A folder that is made, or s3://bucket/prefix/name.")
+        str | None,
+        typer.Option(help="A folder that is made, s3://bucket/prefix/name, or hub:ORG/NAME."),
     ] = None,
     precision: Annotated[
         Precision, typer.Option(help="What its layers compute in, and the other weights are in.")
@@ -163,8 +168,13 @@ def quantize(
     place = found["out"] or found["path"]
     size = found["bytes"] / 1e9
     console.print(f"\n[bold]result[/]: {escape(place)}, {size:.2f} GB", soft_wrap=True)
-    folder = out if out and "://" not in out else found["path"]  # what transformers can read
+    folder = _readable(out, found["path"])
     console.print(f"[bold]use it[/]\n{escape(use_model(folder))}", soft_wrap=True)
+
+
+def _readable(out: str | None, path: str) -> str:
+    """What transformers can read of the two: a folder, a repository of the hub."""
+    return path if out is None or "://" in out else out.removeprefix("hub:")
 
 
 def plan(

@@ -1,7 +1,6 @@
 """The flow `export`: the result of a run, merged where asked, and copied to where it is used."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -13,7 +12,6 @@ from ditty.choices import Adapter, Device, ExportTo, Precision
 from ditty.errors import RunError, SpecError
 from ditty.files import locked, read_json
 from ditty.package import GENERATION_CONFIG, generation_config, package_ref
-from ditty.remote import Remote
 from ditty.spec import RunSpec
 from ditty.specfile import parse_spec
 from ditty.stages import StageRef
@@ -22,6 +20,7 @@ from flows import line, tasks
 from flows.card import card_files
 from flows.frame import framed
 from flows.mirror import have_result
+from flows.place import checked_place, copy_to
 from flows.tasks import Caller
 from flows.training import Work
 
@@ -46,6 +45,7 @@ def export(
     out: str | None = None,
     dtype: Precision | None = None,
     license: str | None = None,
+    public: bool = False,
 ) -> dict[str, Any]:
     """The result of a run: what was trained, or a whole model; copied to `out`.
 
@@ -56,15 +56,16 @@ def export(
         to: The adapter in peft's layout, a model with the adapter merged into its unquantized
             base, or that as a .gguf file. Where everything was trained (`model.adapter: none`),
             the first two are the model.
-        out: A folder that is made, or `s3://bucket/prefix/name`; without it, the result stays in
-            the store.
+        out: A folder that is made, `s3://bucket/prefix/name`, or `hub:ORG/NAME`; without it, the
+            result stays in the store.
         dtype: Of the weights of a whole model; without it, that of the base, or that they were
             trained in.
         license: For the card, an identifier of the hub's (apache-2.0); without it, that of the
             README in the base model's folder.
+        public: Whether a repository that is made at the hub can be seen by all.
 
     Returns:
-        {"run", "to", "path": in the store, "out": the url of the copy or None, "digest": SHA-256
+        {"run", "to", "path": in the store, "out": the place of the copy or None, "digest": SHA-256
         of its content, "base": the model beside which an adapter is loaded, or None}
     Raises:
         RunError: there is no such run, it has no result, or its base model is another by now.
@@ -82,12 +83,12 @@ def export(
         )
 
     def body(call: Caller) -> dict[str, Any]:
-        url = checked_url(out)
+        url = checked_place(out)
         made = _result(call, trained, to, dtype)
         result = _package(call, made, trained.key, to, license)
         path = store.path(result.stage, result.key)
         if url is not None:
-            copy_to(call, result, url)
+            copy_to(call, result, url, public=public)
         return {
             "run": run,
             "to": to.value,
@@ -113,21 +114,6 @@ def _newest(run: str, store: Store) -> Trained:
     # The machine that trained may have had a GPU; a merge needs none.
     launch = spec.launch.model_copy(update={"device": Device.CPU})
     return Trained(spec.model_copy(update={"launch": launch}), found["train"])
-
-
-def copy_to(call: Caller, made: StageRef, url: str) -> None:
-    """Copy the artifact of `made` to `url`, a `checked_url`."""
-    call(tasks.export, stages.export_ref(made, url), call.store.path(made.stage, made.key))
-
-
-def checked_url(out: str | None) -> str | None:
-    """`out` as a url, of a place that answers: asked before anything is made for it."""
-    if out is None:
-        return None
-    url = out if "://" in out else Path(out).expanduser().absolute().as_uri()
-    parent, _, name = url.rstrip("/").rpartition("/")
-    Remote(parent).manifest(name)
-    return f"{parent}/{name}"
 
 
 def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | None) -> StageRef:

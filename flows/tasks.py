@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import State, Task, task
+from prefect.blocks.system import Secret
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, launch, share, stages
+from ditty import basemodel, hubpush, launch, share, stages
 from ditty import package as packages
 from ditty.artifacts import MANIFEST, Manifest, Store, read_manifest
 from ditty.files import read_json, write_json
@@ -21,6 +22,8 @@ from flows.costs import StageBook
 from flows.progress import Event, EventState, emit
 from flows.slot import training_slot
 from flows.training import Work, passing, retry_delays, run_attempt
+
+TOKEN_BLOCK = "hf-token"  # noqa: S105  # the name of a Secret block of Prefect's
 
 
 @task(name="fetch", task_run_name="{ref.title}")
@@ -114,10 +117,27 @@ def package(ref: StageRef, made: StageRef, beside: dict[str, bytes], store: Stor
 
 
 @task(name="export", task_run_name="{ref.title}")
-def export(ref: StageRef, source: Path) -> str:
-    """Copy an artifact to another place, verified there; its digest."""
-    url, _, name = ref.inputs["out"].rpartition("/")
+def export(ref: StageRef, source: Path, public: bool) -> str:
+    """Copy an artifact to another place, verified there; its digest, or the commit's url."""
+    out = ref.inputs["out"]
+    if repo := hubpush.repo_of(out):
+        return hubpush.push(source, repo, hub_token(), private=not public)
+    url, _, name = out.rpartition("/")
     return Remote(url).put(source, name)
+
+
+def hub_token() -> str | None:
+    """HF_TOKEN, that of `hf auth login`, or the Secret block TOKEN_BLOCK; None: there is none."""
+    from huggingface_hub import get_token
+
+    if found := get_token():
+        return found
+    try:
+        block = Secret.load(TOKEN_BLOCK)
+    except ValueError:  # Prefect's word for: there is no such block
+        return None
+    assert isinstance(block, Secret), "outside of an event loop"
+    return str(block.get())
 
 
 @task(name="promote", task_run_name="{ref.title}")

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from prefect.blocks.system import Secret
 from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner
 
 from ditty import stages
 from ditty.artifacts import Store, verify
 from ditty.choices import ExportTo, Precision, Quantization
-from ditty.errors import DittyError, RemoteError, RunError, SpecError
+from ditty.errors import DittyError, RemoteDenied, RemoteError, RunError, SpecError
 from ditty.files import write_json
 from ditty.ggufexport import FILE
 from ditty.lineage import Node, lineage
@@ -27,7 +28,9 @@ from ditty.spec import RunSpec
 from flows.cli import app
 from flows.export import export
 from flows.progress import Event, EventState, listen
+from flows.tasks import TOKEN_BLOCK
 from tests.architectures import rewrite
+from tests.push_hub import TOKEN, push_hub
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.served import tiny_spec
 from tests.test_merge import trained
@@ -70,6 +73,36 @@ def test_to_a_folder_and_to_a_bucket(made: Path, tmp_path: Path, bucket: str) ->
     assert export("mine", out=url)["out"] == url
     manifest = Remote(f"s3://{bucket.name}/models").manifest("one")
     assert manifest and manifest.digest == done["digest"]
+
+
+def test_to_the_hub(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """With the token of a Prefect block, which nothing that was written or said has in it."""
+    caplog.set_level("DEBUG")
+    with push_hub(tmp_path / "cache", monkeypatch) as hub:
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(RemoteDenied, match="there is no token for the hub"):
+            export("mine", out="hub:my-org/mine")
+        Secret(value=TOKEN).save(TOKEN_BLOCK)
+        done = export("mine", out="hub:my-org/mine")
+        again = export("mine", out="hub:my-org/mine")
+        assert done == again and done["out"] == "hub:my-org/mine"
+        repo = hub.repos["my-org/mine"]
+        assert repo["private"] and len(repo["commits"]) == 1
+        assert hub.holds("my-org/mine", Path(done["path"]))
+        export("mine", out="hub:me/mine", public=True)
+        assert not hub.repos["me/mine"]["private"]
+    assert repo["files"]["adapter_model.safetensors"] == b"weights"
+    assert b"library_name: peft" in repo["files"]["README.md"]
+    home = made.parent.parent.parent
+    kept = b"".join(p.read_bytes() for p in home.rglob("*") if p.is_file())
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert "my-org/mine" in said and TOKEN not in said and TOKEN.encode() not in kept
 
 
 def test_never_over_something_else(made: Path, tmp_path: Path) -> None:
