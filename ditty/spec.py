@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ditty import legal
+from ditty import gates, legal
 from ditty.choices import (
     ActivationCheckpointing,
     Adapter,
@@ -251,6 +251,21 @@ class PromoteSpec(Section):
     """Nats a supervised token by which the new held-out loss must be the lower one; 0: any."""
 
 
+class EvaluateSpec(Section):
+    """What is measured after the training, of its result and of the base model."""
+
+    require: dict[str, str] = Field(default_factory=dict)
+    """What a result must measure, or it is not uploaded: `eval_loss` or `eval_perplexity` and a
+    condition: {eval_loss: "<= base"}, {eval_loss: "< base - 0.1"}, {eval_perplexity: "< 9"}."""
+
+    @field_validator("require")
+    @classmethod
+    def _conditions(cls, require: dict[str, str]) -> dict[str, str]:
+        for measure, text in require.items():
+            gates.Gate.parse(measure, text)
+        return require
+
+
 class RunSpec(Section):
     """A run: its name, its data, its model, and how it is trained, launched and uploaded."""
 
@@ -266,6 +281,8 @@ class RunSpec(Section):
     """Processes and how to deal with their end."""
     upload: UploadSpec = Field(default_factory=UploadSpec)
     """Where checkpoints and the result are copied."""
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    """What is measured after the training, of its result and of the base model."""
     promote: PromoteSpec = Field(default_factory=PromoteSpec)
     """When the flow `refresh` puts a new result in the place of the one before."""
 
@@ -285,6 +302,15 @@ class RunSpec(Section):
             raise ValueError(
                 "train.early_stopping_patience and train.final_weights: best go by held-out rows, "
                 "and data.eval_fraction is 0; raise it (0.05 is the default), or remove those keys"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _measures(self) -> "RunSpec":
+        if self.evaluate.require and self.data.eval_fraction == 0:
+            raise ValueError(
+                "evaluate.require goes by held-out rows, and data.eval_fraction is 0; raise it "
+                "(0.05 is the default), or remove that key"
             )
         return self
 

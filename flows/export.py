@@ -19,8 +19,9 @@ from ditty.status import find_run
 from flows import line, tasks
 from flows.card import card_files
 from flows.frame import framed
+from flows.measure import gate_error
 from flows.mirror import have_result
-from flows.place import checked_place, copy_to
+from flows.place import checked_place, copy_to, leaves_this_machine
 from flows.tasks import Caller
 from flows.training import Work
 
@@ -32,10 +33,12 @@ class Trained:
     Attributes:
         spec: what was trained, for a machine without a GPU.
         key: its content key; its artifact may be elsewhere.
+        failed_gates: why it may not leave this machine; see `flows.measure`.
     """
 
     spec: RunSpec
     key: str
+    failed_gates: tuple[str, ...]
 
 
 @flow(name="export", flow_run_name="export {run}", retries=0, persist_result=False)
@@ -70,6 +73,7 @@ def export(
     Raises:
         RunError: there is no such run, it has no result, or its base model is another by now.
         SpecError: a dtype for an adapter.
+        GateFailed: the result failed `evaluate.require`, and `out` is no folder here.
         RemoteError: another content is there already, or the place cannot be reached.
         DittyError: what else stopped it.
     """
@@ -83,6 +87,9 @@ def export(
         )
 
     def body(call: Caller) -> dict[str, Any]:
+        if trained.failed_gates and leaves_this_machine(out):
+            stays = store.path("train", trained.key)
+            raise gate_error(run, list(trained.failed_gates), str(stays))
         url = checked_place(out)
         made = _result(call, trained, to, dtype)
         result = _package(call, made, trained.key, to, license)
@@ -113,7 +120,8 @@ def _newest(run: str, store: Store) -> Trained:
     spec = parse_spec(found["spec"], where=where)
     # The machine that trained may have had a GPU; a merge needs none.
     launch = spec.launch.model_copy(update={"device": Device.CPU})
-    return Trained(spec.model_copy(update={"launch": launch}), found["train"])
+    failed = tuple(found.get("failed_gates", ()))
+    return Trained(spec.model_copy(update={"launch": launch}), found["train"], failed)
 
 
 def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | None) -> StageRef:

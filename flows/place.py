@@ -28,6 +28,11 @@ def checked_place(out: str | None) -> str | None:
     return f"{parent}/{name}"
 
 
+def leaves_this_machine(out: str | None) -> bool:
+    """Whether others see what is put there: anything but a folder."""
+    return out is not None and (":" in out.partition("/")[0]) and not out.startswith("file:")
+
+
 def copy_to(call: Caller, made: StageRef, place: str, *, public: bool = False) -> None:
     """Copy the artifact of `made` to a `checked_place`.
 

@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from ditty.artifacts import Store, read_manifest
 from ditty.data import read_rows
-from ditty.errors import RemoteError, RunError, RunMismatch
+from ditty.errors import GateFailed, RemoteError, RunError, RunMismatch
 from ditty.promotion import Comparison, InPlace, Promotions, candidate_name
 from ditty.remote import Remote
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from flows.automations import PROMOTED
 from flows.evaluate import evaluate
+from flows.export import export
+from flows.finetune import finetune
 from flows.progress import Event, EventState, listen
 from flows.refresh import refresh
 from tests.served import tiny_spec
@@ -30,6 +32,7 @@ from tests.served import tiny_spec
 def spec_of(folder: Path, steps: int = 6, **changes: Any) -> RunSpec:
     values = tiny_spec(folder, "fresh", steps)
     values["data"]["eval_fraction"] = 0.2
+    values["evaluate"] = {"require": {"eval_loss": "< base"}}
     values["train"] |= {"learning_rate": 1e-2, "schedule": "constant", "save_steps": 1000}
     return RunSpec.model_validate(values | changes)
 
@@ -78,6 +81,8 @@ def test_what_is_better_is_promoted_and_only_that(
     target = Path(one.result.removeprefix("file://"))
     assert (target / "adapter_model.safetensors").is_file(), "the result is not at the target"
 
+    _is_stopped_at_a_gate(spec, first, tmp_path)
+
     again, ends = quietly(refresh, spec)
     assert ends == {EventState.CACHED}
     assert not again["promoted"] and "neither the data nor the spec" in again["why"]
@@ -97,6 +102,24 @@ def test_what_is_better_is_promoted_and_only_that(
     two = place.current()
     assert two and (two.number, two.over) == (2, first["train"])
     assert _promoted_events(prefect_api, 2) == [one.result, two.result]
+
+
+def _is_stopped_at_a_gate(spec: RunSpec, first: dict[str, Any], folder: Path) -> None:
+    """The same training, asked for more: it goes to no other target, and the error has figures."""
+    new, old = first["comparison"]["new"], first["comparison"]["old"]
+    asked = {
+        "name": first["run"],
+        "upload": {"url": f"file://{folder}/other"},
+        "evaluate": {"require": {"eval_loss": "< base - 50", "eval_perplexity": "> 1"}},
+    }
+    values = spec.model_dump(mode="json") | asked
+    figures = rf"eval_loss is {new:.4f}, required is < base - 50, which is < {old - 50:.4f} \(ev"
+    with pytest.raises(GateFailed, match=figures):
+        finetune(RunSpec.model_validate(values))
+    assert list((folder / "other").rglob("manifest.json")) == []
+    with pytest.raises(GateFailed, match=figures):
+        export(first["run"], out="s3://nobody/here/one")
+    assert Path(export(first["run"], out=str(folder / "to-look-at"))["path"]).is_dir()
 
 
 def _is_what_others_measure(spec: RunSpec, first: dict[str, Any], home: Path) -> None:

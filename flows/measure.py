@@ -1,0 +1,55 @@
+"""The evaluation of a result and of its base model, and whether the result may be uploaded."""
+
+from typing import Any
+
+from ditty import stages
+from ditty.errors import GateFailed
+from ditty.files import locked
+from ditty.gates import failures
+from ditty.stages import StageLine
+from flows import tasks
+from flows.publish import publish_evaluation
+from flows.tasks import Caller
+from flows.training import Work
+
+NOT_CHECKED = "evaluate.require was not checked: the run ended before"
+
+
+def measure(call: Caller, line: StageLine, work: Work, trained: str | None) -> dict[str, Any]:
+    """The evaluation of one result of this spec; None: of its base model."""
+    inputs = line.need("train").inputs
+    ref = stages.evaluate_ref(call.spec, inputs["data"], inputs["model"], trained)
+    with locked(work.run.flow_lock, shared=True):
+        call.cached(tasks.evaluate, ref, work.of_result(trained))
+    return tasks.evaluation(ref, call.store)
+
+
+def evaluated(call: Caller, line: StageLine, work: Work) -> dict[str, dict[str, Any]]:
+    """The evaluations of the base model and of the result, on the run's page too."""
+    key = line.need("train").key
+    found = {"base": measure(call, line, work, None), "trained": measure(call, line, work, key)}
+    publish_evaluation(call.spec.name, found)
+    return found
+
+
+def failed_gates(call: Caller, line: StageLine, work: Work) -> list[str]:
+    """What the result fails of `evaluate.require`, with the figures; nothing is measured if that
+    asks for nothing."""
+    require = call.spec.evaluate.require
+    if not require:
+        return []
+    found = evaluated(call, line, work)
+    return failures(require, found["trained"], found["base"])
+
+
+def gate_error(run: str, failed: list[str], result: str) -> GateFailed:
+    """What a user is told of a result that is not uploaded.
+
+    Args:
+        result: where it is in the store.
+    """
+    return GateFailed(
+        f"the result of run {run} is not uploaded: {'; '.join(failed)} (evaluate.require). It "
+        f"stays in {result}; train otherwise under another name, or change evaluate.require and "
+        "run again"
+    )
