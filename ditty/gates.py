@@ -14,6 +14,7 @@ from typing import Any
 from ditty.errors import RunError
 
 LOSS, PERPLEXITY = "eval_loss", "eval_perplexity"
+HELD_OUT = (LOSS, PERPLEXITY)
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
 _CONDITION = re.compile(rf"(<=|<|>=|>)\s*(?:(base)(?:\s*([+-])\s*({_NUMBER}))?|(-?{_NUMBER}))")
@@ -71,8 +72,9 @@ class Gate:
 
 
 def measures(found: Mapping[str, Any]) -> dict[str, float]:
-    """The measures of an evaluation: {"loss", "perplexity", ..., "tasks": {"task/metric": ...}}."""
-    return {LOSS: found["loss"], PERPLEXITY: found["perplexity"], **found.get("tasks", {})}
+    """Those of an evaluation: {"loss", "perplexity", "tasks": {"task/metric": value}}."""
+    held_out = {f"eval_{name}": found[name] for name in ("loss", "perplexity") if name in found}
+    return {**held_out, **found.get("tasks", {})}
 
 
 def failures(

@@ -19,6 +19,7 @@ class LoggedStage(StrEnum):
     PREQUANTIZE = "prequantize"
     TRAIN = "train"
     EVALUATE = "evaluate"
+    HARNESS = "harness"
     MERGE = "merge"
     GGUF = "gguf"
 

@@ -254,9 +254,17 @@ class PromoteSpec(Section):
 class EvaluateSpec(Section):
     """What is measured after the training, of its result and of the base model."""
 
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness (`pip install 'ditty[eval]'`): names that it knows, or YAML
+    files of its format."""
+    tasks_limit: int | None = Field(default=None, ge=1)
+    """Questions of each task, at most; all by default."""
+    tasks_batch_size: int = Field(default=8, ge=1)
+    """Questions of a task that are answered at once."""
     require: dict[str, str] = Field(default_factory=dict)
-    """What a result must measure, or it is not uploaded: `eval_loss` or `eval_perplexity` and a
-    condition: {eval_loss: "<= base"}, {eval_loss: "< base - 0.1"}, {eval_perplexity: "< 9"}."""
+    """What a result must measure, or it is not uploaded: `eval_loss`, `eval_perplexity` or
+    `task/metric`, and a condition: {eval_loss: "<= base"}, {eval_loss: "< base - 0.1"},
+    {hellaswag/acc_norm: ">= 0.4"}."""
 
     @field_validator("require")
     @classmethod
@@ -264,6 +272,17 @@ class EvaluateSpec(Section):
         for measure, text in require.items():
             gates.Gate.parse(measure, text)
         return require
+
+    @model_validator(mode="after")
+    def _has_tasks(self) -> "EvaluateSpec":
+        for measure in self.require:
+            of_task = "/" in measure and bool(self.tasks)
+            if measure not in gates.HELD_OUT and not of_task:
+                raise ValueError(
+                    f"require names {measure!r}, which nothing measures; expected "
+                    f"{', '.join(gates.HELD_OUT)}, or TASK/METRIC of one of evaluate.tasks"
+                )
+        return self
 
 
 class RunSpec(Section):
@@ -307,10 +326,10 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _measures(self) -> "RunSpec":
-        if self.evaluate.require and self.data.eval_fraction == 0:
+        if set(gates.HELD_OUT) & set(self.evaluate.require) and self.data.eval_fraction == 0:
             raise ValueError(
-                "evaluate.require goes by held-out rows, and data.eval_fraction is 0; raise it "
-                "(0.05 is the default), or remove that key"
+                "evaluate.require goes by held-out rows (eval_loss, eval_perplexity), and "
+                "data.eval_fraction is 0; raise it (0.05 is the default), or remove these"
             )
         return self
 

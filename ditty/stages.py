@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ditty import basemodel, functions, quarantine, sources
+from ditty import basemodel, evaltasks, functions, quarantine, sources
 from ditty.artifacts import Manifest, Store, read_manifest
 from ditty.choices import OperationMethod, Precision, Quantization
 from ditty.dataspec import Operation
@@ -29,6 +29,7 @@ VERSIONS: dict[str, int] = {
     "train": 2,
     "upload": 1,
     "evaluate": 1,
+    "harness": 1,
     "promote": 1,
     "merge": 2,
     "gguf": 1,
@@ -247,6 +248,25 @@ def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | No
         inputs["train"] = trained
     title = f"evaluate {trained[:8]}" if trained else "evaluate the base model"
     return make_ref("evaluate", title, inputs)
+
+
+def harness_ref(spec: RunSpec, model_key: str, trained: str | None) -> StageRef:
+    """The stage that runs the tasks of `evaluate.tasks`; arguments as of `evaluate_ref`.
+
+    Raises:
+        SpecError: the harness is not installed, or a task's file cannot be read.
+    """
+    inputs: dict[str, Any] = {
+        "model": model_key,
+        "precision": spec.train.precision.value,
+        "attention": spec.model.attention.value,
+        "tasks": [evaltasks.identify(task) for task in spec.evaluate.tasks],
+        "limit": spec.evaluate.tasks_limit,
+        "lm_eval": evaltasks.version(),
+    }
+    if trained:
+        inputs["train"] = trained
+    return make_ref("harness", f"tasks of {trained[:8] if trained else 'the base model'}", inputs)
 
 
 def merge_ref(trained: str, model_key: str | None, dtype: str | None = None) -> StageRef:

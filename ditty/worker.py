@@ -1,8 +1,8 @@
 """`python -m ditty.worker STAGE ATTEMPT`: one stage in a process of its own.
 
 Reads attempt/job.json, does the work, and leaves attempt/result.json: the meaning of its end.
-STAGE is `fetch` (convert a GGUF or .bin files), `prequantize`, `train`, `evaluate`, `merge`,
-`gguf` or `bench`.
+STAGE is `fetch` (convert a GGUF or .bin files), `prequantize`, `train`, `evaluate`, `harness`,
+`merge`, `gguf` or `bench`.
 """
 
 import dataclasses
@@ -126,6 +126,28 @@ def evaluate(job: Job, attempt: Path) -> Result:
         return found
 
     return _build(job, "evaluate", make)
+
+
+def harness(job: Job, attempt: Path) -> Result:
+    """The `harness` stage, in one process, on what `evaluate` measures."""
+    from transformers import AutoTokenizer
+
+    from ditty.harness import run_tasks
+    from ditty.load import load_trained
+    from ditty.world import single
+
+    def make(out: Path) -> dict[str, Any]:
+        spec, device = job.spec, single(job.device).device
+        module = load_trained(job.model_dir, job.trained_dir, spec.model, spec.train, device)
+        folder = job.trained_dir or job.model_dir
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found = run_tasks(module, tokenizer, spec.evaluate, spec.train.precision)
+        write_json(out / "tasks.json", found)
+        for name, value in found.items():
+            log.info("%s %.4f", name, value)
+        return found
+
+    return _build(job, "harness", make)
 
 
 def merge(job: Job, attempt: Path) -> Result:
@@ -314,6 +336,7 @@ STAGES: dict[str, Callable[[Job, Path], Result]] = {
     "prequantize": prequantize,
     "train": train,
     "evaluate": evaluate,
+    "harness": harness,
     "merge": merge,
     "gguf": gguf,
     "bench": bench,

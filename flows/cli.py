@@ -16,6 +16,7 @@ from rich.table import Table
 from ditty.artifacts import Store, read_manifest
 from ditty.choices import ExportTo, Precision, Quantization
 from ditty.errors import DittyError
+from ditty.gates import measures
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
 from flows.bench_command import bench
@@ -93,13 +94,14 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
 
 
 def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
-    """Measure the held-out loss of what `run` made of a spec, and of its base model."""
+    """Measure what `run` made of a spec, and its base model: held-out loss, and tasks."""
     found = _call("evaluate", load_spec(spec, overrides or []))
-    table = Table("held-out", "loss", "perplexity", "tokens", box=None, pad_edge=False)
-    for what in ("base", "trained"):
-        values = found[what]
-        loss, perplexity = f"{values['loss']:.4f}", f"{values['perplexity']:.2f}"
-        table.add_row(what, loss, perplexity, f"{values['tokens']:,}")
+    base, trained = (measures(found[what]) for what in ("base", "trained"))
+    table = Table("", "base", "trained", box=None, pad_edge=False)
+    for name, value in base.items():
+        table.add_row(escape(name), f"{value:.4f}", f"{trained[name]:.4f}")
+    if tokens := found["trained"].get("tokens"):
+        table.add_row("held-out tokens", f"{found['base']['tokens']:,}", f"{tokens:,}")
     console.print()
     console.print(table)
 

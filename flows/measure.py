@@ -16,7 +16,7 @@ NOT_CHECKED = "evaluate.require was not checked: the run ended before"
 
 
 def measure(call: Caller, line: StageLine, work: Work, trained: str | None) -> dict[str, Any]:
-    """The evaluation of one result of this spec; None: of its base model."""
+    """The held-out loss of one result of this spec; None: of its base model."""
     inputs = line.need("train").inputs
     ref = stages.evaluate_ref(call.spec, inputs["data"], inputs["model"], trained)
     with locked(work.run.flow_lock, shared=True):
@@ -24,19 +24,32 @@ def measure(call: Caller, line: StageLine, work: Work, trained: str | None) -> d
     return tasks.evaluation(ref, call.store)
 
 
+def score(call: Caller, line: StageLine, work: Work, trained: str | None) -> dict[str, float]:
+    """What one result scores in `evaluate.tasks`; None: the base model."""
+    ref = stages.harness_ref(call.spec, line.need("train").inputs["model"], trained)
+    with locked(work.run.flow_lock, shared=True):
+        call.cached(tasks.evaluate, ref, work.of_result(trained))
+    return tasks.scores(ref, call.store)
+
+
 def evaluated(call: Caller, line: StageLine, work: Work) -> dict[str, dict[str, Any]]:
     """The evaluations of the base model and of the result, on the run's page too."""
-    key = line.need("train").key
-    found = {"base": measure(call, line, work, None), "trained": measure(call, line, work, key)}
+    spec, key = call.spec, line.need("train").key
+    found: dict[str, dict[str, Any]] = {"base": {}, "trained": {}}
+    for what, trained in (("base", None), ("trained", key)):
+        if spec.data.eval_fraction or not spec.evaluate.tasks:
+            found[what] |= measure(call, line, work, trained)
+        if spec.evaluate.tasks:
+            found[what]["tasks"] = score(call, line, work, trained)
     publish_evaluation(call.spec.name, found)
     return found
 
 
 def failed_gates(call: Caller, line: StageLine, work: Work) -> list[str]:
     """What the result fails of `evaluate.require`, with the figures; nothing is measured if that
-    asks for nothing."""
+    asks for nothing and there are no tasks."""
     require = call.spec.evaluate.require
-    if not require:
+    if not require and not call.spec.evaluate.tasks:
         return []
     found = evaluated(call, line, work)
     return failures(require, found["trained"], found["base"])

@@ -160,7 +160,10 @@ def publish_lineage(result: Path, name: str, store: Store) -> None:
 
 def publish_evaluation(name: str, found: dict[str, dict[str, Any]]) -> None:
     """A table of held-out losses: what was evaluated -> what `tasks.evaluation` says of it."""
-    rows = [{"weights": what, **values} for what, values in found.items()]
+    rows = []
+    for what, values in found.items():
+        held_out = {name: value for name, value in values.items() if name != "tasks"}
+        rows.append({"weights": what, **held_out, **values.get("tasks", {})})
     key = artifact_key("evaluation", name)
     about = "loss in nats a supervised token of the held-out rows"
     within(TABLE_SECONDS, lambda: create_table_artifact(rows, key, about))

@@ -47,7 +47,7 @@ def make_model(ref: StageRef, work: Work) -> Reference:
 
 @task(name="evaluate", task_run_name="{ref.title}")
 def evaluate(ref: StageRef, work: Work) -> Reference:
-    """A held-out loss; on the GPU, so that it waits for its turn as a training does."""
+    """A held-out loss, or tasks; on the GPU, so that it waits for its turn as a training does."""
     if work.store.find(ref.stage, ref.key):
         return reference(ref, committed(ref, work.store))
     with training_slot():
@@ -57,6 +57,13 @@ def evaluate(ref: StageRef, work: Work) -> Reference:
 def evaluation(ref: StageRef, store: Store) -> dict[str, Any]:
     """What `evaluate` has found: loss (nats a supervised token), perplexity, tokens, rows."""
     found = read_json(store.path(ref.stage, ref.key) / "evaluation.json")
+    assert found is not None, f"{ref.title} was committed"
+    return found
+
+
+def scores(ref: StageRef, store: Store) -> dict[str, float]:
+    """What `evaluate` has found of tasks: "task/metric" -> value."""
+    found = read_json(store.path(ref.stage, ref.key) / "tasks.json")
     assert found is not None, f"{ref.title} was committed"
     return found
 
