@@ -254,6 +254,8 @@ class PromoteSpec(Section):
 class EvaluateSpec(Section):
     """What is measured after the training, of its result and of the base model."""
 
+    num_samples: int = Field(default=0, ge=0)
+    """Held-out prompts that both complete (greedily), each `train.sample_max_tokens` at most."""
     tasks: list[str] = Field(default_factory=list)
     """Tasks of lm-evaluation-harness (`pip install 'ditty[eval]'`): names that it knows, or YAML
     files of its format."""
@@ -326,10 +328,12 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _measures(self) -> "RunSpec":
-        if set(gates.HELD_OUT) & set(self.evaluate.require) and self.data.eval_fraction == 0:
+        wanted = set(gates.HELD_OUT) & set(self.evaluate.require) or self.evaluate.num_samples
+        if wanted and self.data.eval_fraction == 0:
             raise ValueError(
-                "evaluate.require goes by held-out rows (eval_loss, eval_perplexity), and "
-                "data.eval_fraction is 0; raise it (0.05 is the default), or remove these"
+                "evaluate.require (eval_loss, eval_perplexity) and evaluate.num_samples go by "
+                "held-out rows, and data.eval_fraction is 0; raise it (0.05 is the default), or "
+                "remove these"
             )
         return self
 

@@ -238,12 +238,14 @@ def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | No
         model_key: of the base model, as in `training_identity`.
         trained: of the training whose result is measured; None: the base model itself.
     """
-    inputs = {
+    inputs: dict[str, Any] = {
         "model": model_key,
         "data": pack_key,
         "precision": spec.train.precision.value,
         "attention": spec.model.attention.value,
     }
+    if spec.evaluate.num_samples:
+        inputs["samples"] = [spec.evaluate.num_samples, spec.train.sample_max_tokens]
     if trained:
         inputs["train"] = trained
     title = f"evaluate {trained[:8]}" if trained else "evaluate the base model"

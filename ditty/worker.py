@@ -7,7 +7,6 @@ STAGE is `fetch` (convert a GGUF or .bin files), `prequantize`, `train`, `evalua
 
 import dataclasses
 import logging
-import math
 import os
 import sys
 import time
@@ -103,50 +102,18 @@ def prequantize(job: Job, attempt: Path) -> Result:
 
 def evaluate(job: Job, attempt: Path) -> Result:
     """The `evaluate` stage, in one process: the model fits where it is loaded."""
-    from ditty.data import read_rows
-    from ditty.evaluate import held_out_loss
-    from ditty.load import load_trained
-    from ditty.model import base_model
-    from ditty.world import single
+    from ditty.evalstages import evaluates
 
-    def make(out: Path) -> dict[str, Any]:
-        assert job.data_dir is not None, "an evaluation reads packed rows"
-        spec, world = job.spec, single(job.device)
-        rows = read_rows(job.data_dir / "eval.arrow")
-        if not len(rows):
-            raise RunError(
-                "no row is held out, so there is nothing to evaluate on: raise data.eval_fraction "
-                f"(it is {spec.data.eval_fraction:g})"
-            )
-        module = load_trained(job.model_dir, job.trained_dir, spec.model, spec.train, world.device)
-        loss, tokens = held_out_loss(module, base_model(module), rows, spec.train.precision, world)
-        found = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "rows": len(rows)}
-        write_json(out / "evaluation.json", found)
-        log.info("held-out loss %.4f over %d tokens", loss, tokens)
-        return found
-
+    assert job.data_dir is not None, "an evaluation reads packed rows"
+    make = evaluates(job.model_dir, job.trained_dir, job.data_dir, job.spec, job.device)
     return _build(job, "evaluate", make)
 
 
 def harness(job: Job, attempt: Path) -> Result:
     """The `harness` stage, in one process, on what `evaluate` measures."""
-    from transformers import AutoTokenizer
+    from ditty.evalstages import runs_tasks
 
-    from ditty.harness import run_tasks
-    from ditty.load import load_trained
-    from ditty.world import single
-
-    def make(out: Path) -> dict[str, Any]:
-        spec, device = job.spec, single(job.device).device
-        module = load_trained(job.model_dir, job.trained_dir, spec.model, spec.train, device)
-        folder = job.trained_dir or job.model_dir
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        found = run_tasks(module, tokenizer, spec.evaluate, spec.train.precision)
-        write_json(out / "tasks.json", found)
-        for name, value in found.items():
-            log.info("%s %.4f", name, value)
-        return found
-
+    make = runs_tasks(job.model_dir, job.trained_dir, job.spec, job.device)
     return _build(job, "harness", make)
 
 

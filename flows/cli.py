@@ -104,6 +104,9 @@ def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
         table.add_row("held-out tokens", f"{found['base']['tokens']:,}", f"{tokens:,}")
     console.print()
     console.print(table)
+    samples = (found[what].get("samples", []) for what in ("base", "trained"))
+    for before, after in zip(*samples, strict=True):
+        _print_sample(before, {"base": before["completion"], "trained": after["completion"]})
 
 
 def refresh(spec: SpecFile, overrides: Overrides = None) -> None:
@@ -262,12 +265,14 @@ def _print_samples(spec: RunSpec, store: Store) -> None:
         return
     first, last = samples[0], samples[-1]
     console.print("\n[bold]one held-out function[/]")
-    console.print(escape(first["prompt"].strip()), style="dim")
-    for title, text in (
-        ("before", first["completion"]),
-        ("after", last["completion"]),
-        ("the author's", first["reference"]),
-    ):
+    texts = {"before": first["completion"], "after": last["completion"]}
+    _print_sample(first, texts | {"the author's": first["reference"]})
+
+
+def _print_sample(sample: dict[str, str], texts: dict[str, str]) -> None:
+    """A prompt, and what was written for it, by whom."""
+    console.print(escape(sample["prompt"].strip()), style="dim")
+    for title, text in texts.items():
         console.print(f"[bold]{title}[/]: {escape(text.strip())}")
 
 

@@ -6,9 +6,10 @@ from ditty import stages
 from ditty.errors import GateFailed
 from ditty.files import locked
 from ditty.gates import failures
+from ditty.spec import EvaluateSpec
 from ditty.stages import StageLine
 from flows import tasks
-from flows.publish import publish_evaluation
+from flows.publish import publish_evaluation, publish_samples
 from flows.tasks import Caller
 from flows.training import Work
 
@@ -41,18 +42,19 @@ def evaluated(call: Caller, line: StageLine, work: Work) -> dict[str, dict[str, 
             found[what] |= measure(call, line, work, trained)
         if spec.evaluate.tasks:
             found[what]["tasks"] = score(call, line, work, trained)
-    publish_evaluation(call.spec.name, found)
+    publish_evaluation(spec.name, found)
+    if "samples" in found["trained"]:
+        publish_samples(spec.name, found)
     return found
 
 
 def failed_gates(call: Caller, line: StageLine, work: Work) -> list[str]:
     """What the result fails of `evaluate.require`, with the figures; nothing is measured if that
-    asks for nothing and there are no tasks."""
-    require = call.spec.evaluate.require
-    if not require and not call.spec.evaluate.tasks:
+    section of the spec asks for nothing."""
+    if call.spec.evaluate == EvaluateSpec():
         return []
     found = evaluated(call, line, work)
-    return failures(require, found["trained"], found["base"])
+    return failures(call.spec.evaluate.require, found["trained"], found["base"])
 
 
 def gate_error(run: str, failed: list[str], result: str) -> GateFailed:

@@ -55,10 +55,13 @@ def evaluate(ref: StageRef, work: Work) -> Reference:
 
 
 def evaluation(ref: StageRef, store: Store) -> dict[str, Any]:
-    """What `evaluate` has found: loss (nats a supervised token), perplexity, tokens, rows."""
-    found = read_json(store.path(ref.stage, ref.key) / "evaluation.json")
+    """What `evaluate` has found: loss (nats a supervised token), perplexity, tokens, rows; and
+    samples, see `ditty.evaluate.complete`, where `evaluate.num_samples` asks for some."""
+    folder = store.path(ref.stage, ref.key)
+    found = read_json(folder / "evaluation.json")
     assert found is not None, f"{ref.title} was committed"
-    return found
+    samples = read_json(folder / "samples.json")
+    return found if samples is None else found | {"samples": samples}
 
 
 def scores(ref: StageRef, store: Store) -> dict[str, float]:

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs
 import pytest
 from huggingface_hub import constants
 
-from tests.fake_hub import use_endpoint
+from tests.fake_hub import serving, use_endpoint
 
 TOKEN = "hf_canaryCANARYcanary"
 OWNERS = ("me", "my-org")
@@ -183,11 +183,5 @@ def push_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PushHub]:
     use_endpoint(hub.url, cache, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    thread = threading.Thread(target=hub.server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with serving(hub.server):
         yield hub
-    finally:
-        hub.server.shutdown()
-        hub.server.server_close()
-        thread.join()

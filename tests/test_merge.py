@@ -48,14 +48,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def trained(base: Path, out: Path, kind: str) -> Path:
+def trained(base: Path, out: Path, kind: str, scale: float = 0.05) -> Path:
     """An adapter as a training leaves it: every matrix of it is other than at the start."""
     spec = ModelSpec.model_validate({"base_model": str(base), "lora_r": 4, **KINDS[kind]})
     device = torch.device("cpu")
     module = add_adapter(load_base(base, spec, Precision.FP32, device), spec, seed=0)
     generator = torch.Generator().manual_seed(1)
     weights = {
-        name: value.detach() + 0.05 * torch.randn(value.shape, generator=generator)
+        name: value.detach() + scale * torch.randn(value.shape, generator=generator)
         for name, value in trainable(module).items()
     }
     save_trained(module, weights, str(base), out)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ditty.artifacts import Store, read_manifest
 from ditty.data import read_rows
@@ -32,7 +32,8 @@ from tests.served import tiny_spec
 def spec_of(folder: Path, steps: int = 6, **changes: Any) -> RunSpec:
     values = tiny_spec(folder, "fresh", steps)
     values["data"]["eval_fraction"] = 0.2
-    values["evaluate"] = {"require": {"eval_loss": "< base"}}
+    values["evaluate"] = {"require": {"eval_loss": "< base"}, "num_samples": 1}
+    values["train"]["sample_max_tokens"] = 6
     values["train"] |= {"learning_rate": 1e-2, "schedule": "constant", "save_steps": 1000}
     return RunSpec.model_validate(values | changes)
 
@@ -58,6 +59,23 @@ def plain_loss(model_dir: Path, adapter: Path | None, rows: Any) -> float:
             total += float(loss) * supervised
             count += supervised
     return total / count
+
+
+def plain_completion(model_dir: Path, adapter: Path | None, prompt: str) -> str:
+    """Six tokens by transformers' own `generate`; the prompt is of a user who has said it all."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    said = prompt.removeprefix("user\n").partition("\n")[0]
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": said}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.eval().generate(**ids, do_sample=False, max_new_tokens=6, eos_token_id=2)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def quietly(flow: Any, spec: RunSpec) -> tuple[dict[str, Any], set[EventState]]:
@@ -110,7 +128,10 @@ def _is_stopped_at_a_gate(spec: RunSpec, first: dict[str, Any], folder: Path) ->
     asked = {
         "name": first["run"],
         "upload": {"url": f"file://{folder}/other"},
-        "evaluate": {"require": {"eval_loss": "< base - 50", "eval_perplexity": "> 1"}},
+        "evaluate": {
+            "require": {"eval_loss": "< base - 50", "eval_perplexity": "> 1"},
+            "num_samples": 1,
+        },
     }
     values = spec.model_dump(mode="json") | asked
     figures = rf"eval_loss is {new:.4f}, required is < base - 50, which is < {old - 50:.4f} \(ev"
@@ -138,6 +159,10 @@ def _is_what_others_measure(spec: RunSpec, first: dict[str, Any], home: Path) ->
     assert ends == {EventState.CACHED}
     assert [found["base"]["loss"], found["trained"]["loss"]] == losses
     assert found["trained"]["perplexity"] == math.exp(losses[1])
+    for what, adapter in (("base", None), ("trained", trained)):
+        (sample,) = found[what]["samples"]
+        assert sample["completion"] == plain_completion(model_dir, adapter, sample["prompt"]), what
+    assert found["base"]["samples"] != found["trained"]["samples"]
 
 
 def test_only_what_is_trained_is_evaluated(tmp_path: Path, home: Path, prefect_api: str) -> None:
