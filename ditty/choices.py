@@ -86,10 +86,12 @@ class Quantization(StrEnum):
 
 
 class ExportTo(StrEnum):
-    """What is copied out of a run: what was trained, or a whole model without an adapter."""
+    """What is copied out of a run: what was trained, or a whole model without an adapter, as
+    transformers or as llama.cpp has it."""
 
     ADAPTER = "adapter"
     MERGED = "merged"
+    GGUF = "gguf"
 
 
 class Attention(StrEnum):

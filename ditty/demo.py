@@ -54,3 +54,12 @@ def use_model(folder: str) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
     )
+
+
+def use_gguf(folder: str) -> str:
+    """How llama.cpp and transformers load a .gguf file."""
+    return (
+        f"llama-cli -m {folder}/model.gguf\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="model.gguf")'
+    )

@@ -101,6 +101,10 @@ class Crashed(RunError):
     retryable = True
 
 
+class GateFailed(RunError):
+    """A result does not measure what the spec requires (`evaluate.require`): not uploaded."""
+
+
 class OutOfMemory(RunError):
     """The run did not fit in memory; an identical attempt would not either."""
 

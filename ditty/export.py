@@ -1,8 +1,9 @@
 """An adapter folded into its unquantized base: a model like any other, which needs no peft.
 
-One tensor at a time, and peft does the arithmetic: the model is built without weights, its adapter
-is loaded, and each layer gets its base weight for as long as it is merged. In memory are the
-adapter, one shard of the result, and about three fp32 copies of the largest tensor that changes.
+Or a model that was trained whole, in another dtype. One tensor at a time, and peft does the
+arithmetic: the model is built without weights, its adapter is loaded, and each layer gets its base
+weight for as long as it is merged. In memory are the adapter, one shard of the result, and about
+three fp32 copies of the largest tensor that changes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -81,7 +82,7 @@ class Weight:
 
 def merge(
     base: Path,
-    adapter: Path,
+    adapter: Path | None,
     out: Path,
     dtype: str | None = None,
     *,
@@ -96,7 +97,8 @@ def merge(
     Args:
         base: the unquantized model that the adapter was trained upon: config.json, safetensors,
             tokenizer.
-        adapter: as ditty.model.save_trained writes it: LoRA, DoRA, modules_to_save.
+        adapter: as ditty.model.save_trained writes it: LoRA, DoRA, modules_to_save; None: the
+            base as it is, in `dtype`.
         dtype: "float32", "bfloat16" or "float16", of the result; None: each tensor that of the
             base.
         progress: see `write_shards`.
@@ -112,7 +114,7 @@ def merge(
     model = build_empty(base, torch.float32, _no_quantizer, trust_remote_code=trust_remote_code)
     names, tied = CheckpointNames(model), _tied_groups(model)
     target_dtype = _target_dtype(model, dtype)
-    changes = _changes(_adapted(model, adapter, base))
+    changes = _changes(_adapted(model, adapter, base)) if adapter else {}
     weights = list(_weights(base, names, tied, changes, target_dtype))
     untied = sorted({n for name in changes for n in tied.get(name, ())})
     _write_beside(base, out, dtype, untied, trust_remote_code)

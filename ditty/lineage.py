@@ -21,6 +21,8 @@ INPUTS = {
     "data": ("pack",),
     "model": ("prequantize", "fetch"),
     "train": ("train",),
+    "merge": ("merge",),
+    "gguf": ("gguf",),
 }
 CHECKPOINT = "checkpoint"
 NAMES = ("run", "base_model", "source", "function", "target")

@@ -19,7 +19,9 @@ class LoggedStage(StrEnum):
     PREQUANTIZE = "prequantize"
     TRAIN = "train"
     EVALUATE = "evaluate"
+    HARNESS = "harness"
     MERGE = "merge"
+    GGUF = "gguf"
 
 
 @dataclass(frozen=True)

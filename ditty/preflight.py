@@ -2,11 +2,11 @@
 
 import uuid
 
-from ditty import basemodel, share, stages
+from ditty import basemodel, evaltasks, share, stages
 from ditty.artifacts import Store
 from ditty.choices import Quantization
 from ditty.environment import child_environment
-from ditty.errors import RunMismatch, StoreError, cut
+from ditty.errors import RunMismatch, SpecError, StoreError, cut
 from ditty.files import make_dir, read_json
 from ditty.remote import Remote
 from ditty.rundir import RunDir
@@ -29,6 +29,7 @@ def check(spec: RunSpec, store: Store) -> stages.StageLine:
     child_environment(spec.launch)
     line = stages.resolve(spec, store)
     check_model(spec, line)
+    check_tasks(spec)
     check_run(spec, store)
     check_places(spec.upload.url)
     return line
@@ -40,6 +41,22 @@ def check_places(upload_url: str | None = None) -> None:
         Remote(upload_url).check()
     if shared := share.place():
         shared.check()
+
+
+def check_tasks(spec: RunSpec) -> None:
+    """Raise SpecError unless each of `evaluate.tasks` can be run, and measures what is required."""
+    if not spec.evaluate.tasks:
+        return
+    evaltasks.version()
+    names = {evaltasks.identify(task)["name"] for task in spec.evaluate.tasks}
+    for measure in spec.evaluate.require:
+        task = measure.rpartition("/")[0]
+        # A name that the harness knows may be of a group, whose tasks are measured too.
+        if task and task not in names and all(map(evaltasks.is_file, spec.evaluate.tasks)):
+            raise SpecError(
+                f"evaluate.require names {measure}, and evaluate.tasks measures only "
+                f"{', '.join(sorted(names))}"
+            )
 
 
 def check_store(store: Store) -> None:

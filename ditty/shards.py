@@ -119,7 +119,7 @@ def write_shards(pieces: Sequence[Piece], out: Path, progress: Progress | None =
     plan = {shard.path.name: shard.plan for shard in shards}
     _remove_stale(plan, out)
     missing = [shard for shard in shards if not shard.stands()]
-    _check_disk(out, sum(shard.result_bytes for shard in missing))
+    check_disk(out, sum(shard.result_bytes for shard in missing))
     write_json(out / PLAN, plan)
     total = sum(piece.source_bytes for piece in pieces)
     done = total - sum(shard.source_bytes for shard in missing)
@@ -203,7 +203,8 @@ def copy_beside(source: Path, out: Path) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-def _check_disk(out: Path, needed: int) -> None:
+def check_disk(out: Path, needed: int) -> None:
+    """Raise StoreError unless the disk of `out` has room for so many bytes."""
     free = shutil.disk_usage(out).free
     if free < needed + SPARE_BYTES:
         raise StoreError(

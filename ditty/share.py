@@ -18,7 +18,7 @@ from ditty.stages import DATA_STAGES, StageRef
 log = logging.getLogger(__name__)
 
 VARIABLE = "DITTY_STORE_URL"
-SHARED = {*DATA_STAGES, "fetch", "prequantize", "merge", "evaluate"}
+SHARED = {*DATA_STAGES, "fetch", "prequantize", "merge", "gguf", "evaluate", "harness"}
 
 
 def place() -> Remote | None:

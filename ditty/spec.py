@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ditty import legal
+from ditty import gates, legal
 from ditty.choices import (
     ActivationCheckpointing,
     Adapter,
@@ -251,6 +251,42 @@ class PromoteSpec(Section):
     """Nats a supervised token by which the new held-out loss must be the lower one; 0: any."""
 
 
+class EvaluateSpec(Section):
+    """What is measured after the training, of its result and of the base model."""
+
+    num_samples: int = Field(default=0, ge=0)
+    """Held-out prompts that both complete (greedily), each `train.sample_max_tokens` at most."""
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness (`pip install 'ditty[eval]'`): names that it knows, or YAML
+    files of its format."""
+    tasks_limit: int | None = Field(default=None, ge=1)
+    """Questions of each task, at most; all by default."""
+    tasks_batch_size: int = Field(default=8, ge=1)
+    """Questions of a task that are answered at once."""
+    require: dict[str, str] = Field(default_factory=dict)
+    """What a result must measure, or it is not uploaded: `eval_loss`, `eval_perplexity` or
+    `task/metric`, and a condition: {eval_loss: "<= base"}, {eval_loss: "< base - 0.1"},
+    {hellaswag/acc_norm: ">= 0.4"}."""
+
+    @field_validator("require")
+    @classmethod
+    def _conditions(cls, require: dict[str, str]) -> dict[str, str]:
+        for measure, text in require.items():
+            gates.Gate.parse(measure, text)
+        return require
+
+    @model_validator(mode="after")
+    def _has_tasks(self) -> "EvaluateSpec":
+        for measure in self.require:
+            of_task = "/" in measure and bool(self.tasks)
+            if measure not in gates.HELD_OUT and not of_task:
+                raise ValueError(
+                    f"require names {measure!r}, which nothing measures; expected "
+                    f"{', '.join(gates.HELD_OUT)}, or TASK/METRIC of one of evaluate.tasks"
+                )
+        return self
+
+
 class RunSpec(Section):
     """A run: its name, its data, its model, and how it is trained, launched and uploaded."""
 
@@ -266,6 +302,8 @@ class RunSpec(Section):
     """Processes and how to deal with their end."""
     upload: UploadSpec = Field(default_factory=UploadSpec)
     """Where checkpoints and the result are copied."""
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    """What is measured after the training, of its result and of the base model."""
     promote: PromoteSpec = Field(default_factory=PromoteSpec)
     """When the flow `refresh` puts a new result in the place of the one before."""
 
@@ -285,6 +323,17 @@ class RunSpec(Section):
             raise ValueError(
                 "train.early_stopping_patience and train.final_weights: best go by held-out rows, "
                 "and data.eval_fraction is 0; raise it (0.05 is the default), or remove those keys"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _measures(self) -> "RunSpec":
+        wanted = set(gates.HELD_OUT) & set(self.evaluate.require) or self.evaluate.num_samples
+        if wanted and self.data.eval_fraction == 0:
+            raise ValueError(
+                "evaluate.require (eval_loss, eval_perplexity) and evaluate.num_samples go by "
+                "held-out rows, and data.eval_fraction is 0; raise it (0.05 is the default), or "
+                "remove these"
             )
         return self
 

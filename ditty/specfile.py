@@ -113,6 +113,12 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
     data = values.get("data")
     absolute(data, "source")
     absolute(values.get("model"), "base_model")
+    evaluate = values.get("evaluate")
+    if isinstance(evaluate, dict) and isinstance(evaluate.get("tasks"), list):
+        named = [{"task": task} for task in evaluate["tasks"]]
+        for task in named:
+            absolute(task, "task")
+        evaluate["tasks"] = [task["task"] for task in named]
     for several, key in (("operations", "function"), ("sources", "source")):
         if isinstance(data, dict) and isinstance(data.get(several), list):
             for section in data[several]:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ditty import basemodel, functions, quarantine, sources
+from ditty import basemodel, evaltasks, functions, quarantine, sources
 from ditty.artifacts import Manifest, Store, read_manifest
 from ditty.choices import OperationMethod, Precision, Quantization
 from ditty.dataspec import Operation
@@ -29,8 +29,11 @@ VERSIONS: dict[str, int] = {
     "train": 2,
     "upload": 1,
     "evaluate": 1,
+    "harness": 1,
     "promote": 1,
     "merge": 2,
+    "gguf": 1,
+    "package": 1,
     "export": 1,
 }
 
@@ -235,28 +238,63 @@ def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | No
         model_key: of the base model, as in `training_identity`.
         trained: of the training whose result is measured; None: the base model itself.
     """
-    inputs = {
+    inputs: dict[str, Any] = {
         "model": model_key,
         "data": pack_key,
         "precision": spec.train.precision.value,
         "attention": spec.model.attention.value,
     }
+    if spec.evaluate.num_samples:
+        inputs["samples"] = [spec.evaluate.num_samples, spec.train.sample_max_tokens]
     if trained:
         inputs["train"] = trained
     title = f"evaluate {trained[:8]}" if trained else "evaluate the base model"
     return make_ref("evaluate", title, inputs)
 
 
-def merge_ref(trained: str, model_key: str, dtype: str | None = None) -> StageRef:
-    """The stage that folds a trained adapter into its base.
+def harness_ref(spec: RunSpec, model_key: str, trained: str | None) -> StageRef:
+    """The stage that runs the tasks of `evaluate.tasks`; arguments as of `evaluate_ref`.
+
+    Raises:
+        SpecError: the harness is not installed, or a task's file cannot be read.
+    """
+    inputs: dict[str, Any] = {
+        "model": model_key,
+        "precision": spec.train.precision.value,
+        "attention": spec.model.attention.value,
+        "tasks": [evaltasks.identify(task) for task in spec.evaluate.tasks],
+        "limit": spec.evaluate.tasks_limit,
+        "lm_eval": evaltasks.version(),
+    }
+    if trained:
+        inputs["train"] = trained
+    return make_ref("harness", f"tasks of {trained[:8] if trained else 'the base model'}", inputs)
+
+
+def merge_ref(trained: str, model_key: str | None, dtype: str | None = None) -> StageRef:
+    """The stage that folds a trained adapter into its base, or casts what was trained whole.
 
     Args:
         trained: of the training.
-        model_key: of the base model as it is, not quantized (`basemodel.key`).
+        model_key: of the base model as it is, not quantized (`basemodel.key`); None: the training
+            gave a whole model.
         dtype: torch's name, of the result; None: that of the base.
     """
     inputs = {"train": trained, "model": model_key, "dtype": dtype}
-    return make_ref("merge", f"merge {trained[:8]} into its base", inputs)
+    title = f"merge {trained[:8]} into its base" if model_key else f"cast {trained[:8]} to {dtype}"
+    return make_ref("merge", title, inputs)
+
+
+def gguf_ref(made: StageRef, name: str, ends: list[int]) -> StageRef:
+    """The stage that writes a whole model as a .gguf file.
+
+    Args:
+        made: a training of all weights, or a merge.
+        name: of the model, in the file.
+        ends: ids of the tokens with which the model has learned to end, besides those it has.
+    """
+    inputs = {made.stage: made.key, "name": name, "ends": ends}
+    return make_ref("gguf", f"write {made.key[:8]} as .gguf", inputs)
 
 
 def export_ref(made: StageRef, out: str) -> StageRef:
@@ -264,14 +302,16 @@ def export_ref(made: StageRef, out: str) -> StageRef:
     return make_ref("export", f"export to {out}", {made.stage: made.key, "out": out})
 
 
+TORCH_NAMES = {
+    Precision.FP32: "float32",
+    Precision.BF16: "bfloat16",
+    Precision.FP16: "float16",
+}
+
+
 def base_dtype(spec: RunSpec) -> str:
     """The torch name of the frozen base's dtype; trained weights are fp32 always."""
-    names = {
-        Precision.FP32: "float32",
-        Precision.BF16: "bfloat16",
-        Precision.FP16: "float16",
-    }
-    return names[spec.train.precision]
+    return TORCH_NAMES[spec.train.precision]
 
 
 def training_identity(spec: RunSpec, model_key: str, pack_key: str) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """`python -m ditty.worker STAGE ATTEMPT`: one stage in a process of its own.
 
 Reads attempt/job.json, does the work, and leaves attempt/result.json: the meaning of its end.
-STAGE is `fetch` (convert a GGUF or .bin files), `prequantize`, `train`, `evaluate`, `merge` or
-`bench`.
+STAGE is `fetch` (convert a GGUF or .bin files), `prequantize`, `train`, `evaluate`, `harness`,
+`merge`, `gguf` or `bench`.
 """
 
 import dataclasses
 import logging
-import math
 import os
 import sys
 import time
@@ -103,37 +102,26 @@ def prequantize(job: Job, attempt: Path) -> Result:
 
 def evaluate(job: Job, attempt: Path) -> Result:
     """The `evaluate` stage, in one process: the model fits where it is loaded."""
-    from ditty.data import read_rows
-    from ditty.evaluate import held_out_loss
-    from ditty.load import load_trained
-    from ditty.model import base_model
-    from ditty.world import single
+    from ditty.evalstages import evaluates
 
-    def make(out: Path) -> dict[str, Any]:
-        assert job.data_dir is not None, "an evaluation reads packed rows"
-        spec, world = job.spec, single(job.device)
-        rows = read_rows(job.data_dir / "eval.arrow")
-        if not len(rows):
-            raise RunError(
-                "no row is held out, so there is nothing to evaluate on: raise data.eval_fraction "
-                f"(it is {spec.data.eval_fraction:g})"
-            )
-        module = load_trained(job.model_dir, job.trained_dir, spec.model, spec.train, world.device)
-        loss, tokens = held_out_loss(module, base_model(module), rows, spec.train.precision, world)
-        found = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "rows": len(rows)}
-        write_json(out / "evaluation.json", found)
-        log.info("held-out loss %.4f over %d tokens", loss, tokens)
-        return found
-
+    assert job.data_dir is not None, "an evaluation reads packed rows"
+    make = evaluates(job.model_dir, job.trained_dir, job.data_dir, job.spec, job.device)
     return _build(job, "evaluate", make)
 
 
+def harness(job: Job, attempt: Path) -> Result:
+    """The `harness` stage, in one process, on what `evaluate` measures."""
+    from ditty.evalstages import runs_tasks
+
+    make = runs_tasks(job.model_dir, job.trained_dir, job.spec, job.device)
+    return _build(job, "harness", make)
+
+
 def merge(job: Job, attempt: Path) -> Result:
-    """The `merge` stage: on the CPU, whatever the machine has."""
+    """The `merge` stage: on the CPU, whatever the machine has; without an adapter it casts."""
     from ditty.export import merge as merge_into
 
     def make(out: Path) -> dict[str, Any]:
-        assert job.trained_dir is not None, "a merge reads an adapter"
         found = merge_into(
             job.model_dir,
             job.trained_dir,
@@ -147,6 +135,17 @@ def merge(job: Job, attempt: Path) -> Result:
         return found
 
     return _build(job, "merge", make, resumable=True)
+
+
+def gguf(job: Job, attempt: Path) -> Result:
+    """The `gguf` stage: a whole model as one file."""
+    from ditty.ggufexport import write_gguf
+
+    def make(out: Path) -> dict[str, Any]:
+        name, ends = job.inputs["name"], job.inputs["ends"]
+        return write_gguf(job.model_dir, out, name, ends, progress=Shown("written"))
+
+    return _build(job, "gguf", make)
 
 
 def bench(job: Job, attempt: Path) -> Result:
@@ -266,8 +265,11 @@ def _heartbeat(attempt: Path, rank: int) -> Any:
 
 def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str, Any]) -> None:
     """The trained adapter or model as an artifact, with its tokenizer and its metrics."""
+    from ditty.data import read_rows
     from ditty.model import save_trained
+    from ditty.package import learned_ends
 
+    assert job.data_dir is not None, "training reads packed rows"
     records = list(trainer.run.metrics())
     facts: dict[str, Any] = {
         "stage": "train",
@@ -277,6 +279,7 @@ def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str
         "steps": outcome.step,
         "eval": [{k: r[k] for k in ("step", "loss")} for r in records if r["kind"] == "eval"],
         "loss": next((r["loss"] for r in reversed(records) if r["kind"] == "train"), None),
+        "ends": learned_ends(read_rows(job.data_dir / "train.arrow")),
     }
     if job.spec.train.final_weights is FinalWeights.BEST:
         facts["best_step"] = trainer.progress.best_step  # the one that the weights are of
@@ -300,7 +303,9 @@ STAGES: dict[str, Callable[[Job, Path], Result]] = {
     "prequantize": prequantize,
     "train": train,
     "evaluate": evaluate,
+    "harness": harness,
     "merge": merge,
+    "gguf": gguf,
     "bench": bench,
 }
 

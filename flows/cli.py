@@ -16,6 +16,7 @@ from rich.table import Table
 from ditty.artifacts import Store, read_manifest
 from ditty.choices import ExportTo, Precision, Quantization
 from ditty.errors import DittyError
+from ditty.gates import measures
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
 from flows.bench_command import bench
@@ -93,15 +94,19 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
 
 
 def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
-    """Measure the held-out loss of what `run` made of a spec, and of its base model."""
+    """Measure what `run` made of a spec, and its base model: held-out loss, and tasks."""
     found = _call("evaluate", load_spec(spec, overrides or []))
-    table = Table("held-out", "loss", "perplexity", "tokens", box=None, pad_edge=False)
-    for what in ("base", "trained"):
-        values = found[what]
-        loss, perplexity = f"{values['loss']:.4f}", f"{values['perplexity']:.2f}"
-        table.add_row(what, loss, perplexity, f"{values['tokens']:,}")
+    base, trained = (measures(found[what]) for what in ("base", "trained"))
+    table = Table("", "base", "trained", box=None, pad_edge=False)
+    for name, value in base.items():
+        table.add_row(escape(name), f"{value:.4f}", f"{trained[name]:.4f}")
+    if tokens := found["trained"].get("tokens"):
+        table.add_row("held-out tokens", f"{found['base']['tokens']:,}", f"{tokens:,}")
     console.print()
     console.print(table)
+    samples = (found[what].get("samples", []) for what in ("base", "trained"))
+    for before, after in zip(*samples, strict=True):
+        _print_sample(before, {"base": before["completion"], "trained": after["completion"]})
 
 
 def refresh(spec: SpecFile, overrides: Overrides = None) -> None:
@@ -116,20 +121,32 @@ def export(
     run: Annotated[str, typer.Argument(help="The run's name.")],
     to: Annotated[
         ExportTo,
-        typer.Option(help="The adapter, or a model with the adapter merged into its base."),
+        typer.Option(help="The adapter, or the adapter merged into its base: a folder, a file."),
     ] = ExportTo.ADAPTER,
     out: Annotated[
-        str | None, typer.Option(help="A folder that is made, or s3://bucket/prefix/name.")
+        str | None,
+        typer.Option(help="A folder that is made, s3://bucket/prefix/name, or hub:ORG/NAME."),
     ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="Of a whole model's weights; without it, that of the base."),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="For the card; without it, that of a local base model.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="A repository that is made at the hub is for all.")
+    ] = False,
 ) -> None:
     """Copy the result of a run, an adapter or a whole model, to where it is used."""
-    from ditty.demo import use_it, use_model
+    from ditty.demo import use_gguf, use_it, use_model
 
-    found = _call("export", run, to, out)
+    found = _call("export", run, to, out, dtype, license, public)
     place = found["out"] or found["path"]
     console.print(f"\n[bold]result[/]: {escape(place)}", soft_wrap=True)
-    folder = out if out and "://" not in out else found["path"]  # what transformers can read
-    lines = use_it(folder, found["base"]) if found["base"] else use_model(folder)
+    folder = _readable(out, found["path"])
+    use = use_gguf if to is ExportTo.GGUF else use_model
+    lines = use_it(folder, found["base"]) if found["base"] else use(folder)
     console.print(f"[bold]use it[/]\n{escape(lines)}", soft_wrap=True)
 
 
@@ -139,7 +156,8 @@ def quantize(
     ],
     to: Annotated[Quantization, typer.Option(help="The format.")] = Quantization.NF4,
     out: Annotated[
-        str | None, typer.Option(help="A folder that is made, or s3://bucket/prefix/name.")
+        str | None,
+        typer.Option(help="A folder that is made, s3://bucket/prefix/name, or hub:ORG/NAME."),
     ] = None,
     precision: Annotated[
         Precision, typer.Option(help="What its layers compute in, and the other weights are in.")
@@ -155,8 +173,13 @@ def quantize(
     place = found["out"] or found["path"]
     size = found["bytes"] / 1e9
     console.print(f"\n[bold]result[/]: {escape(place)}, {size:.2f} GB", soft_wrap=True)
-    folder = out if out and "://" not in out else found["path"]  # what transformers can read
+    folder = _readable(out, found["path"])
     console.print(f"[bold]use it[/]\n{escape(use_model(folder))}", soft_wrap=True)
+
+
+def _readable(out: str | None, path: str) -> str:
+    """What transformers can read of the two: a folder, a repository of the hub."""
+    return path if out is None or "://" in out else out.removeprefix("hub:")
 
 
 def plan(
@@ -242,12 +265,14 @@ def _print_samples(spec: RunSpec, store: Store) -> None:
         return
     first, last = samples[0], samples[-1]
     console.print("\n[bold]one held-out function[/]")
-    console.print(escape(first["prompt"].strip()), style="dim")
-    for title, text in (
-        ("before", first["completion"]),
-        ("after", last["completion"]),
-        ("the author's", first["reference"]),
-    ):
+    texts = {"before": first["completion"], "after": last["completion"]}
+    _print_sample(first, texts | {"the author's": first["reference"]})
+
+
+def _print_sample(sample: dict[str, str], texts: dict[str, str]) -> None:
+    """A prompt, and what was written for it, by whom."""
+    console.print(escape(sample["prompt"].strip()), style="dim")
+    for title, text in texts.items():
         console.print(f"[bold]{title}[/]: {escape(text.strip())}")
 
 

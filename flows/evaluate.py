@@ -5,16 +5,14 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from ditty import preflight, stages
+from ditty import preflight
 from ditty.artifacts import Store
 from ditty.errors import RunError
-from ditty.files import locked
 from ditty.spec import RunSpec
-from flows import tasks
 from flows.frame import framed, run_name
 from flows.line import Prepared, prepare
+from flows.measure import evaluated
 from flows.mirror import have_result
-from flows.publish import publish_evaluation
 from flows.tasks import Caller
 
 
@@ -35,19 +33,7 @@ def _evaluate(call: Caller) -> dict[str, Any]:
     spec, store = call.spec, call.store
     prepared = prepare(call, preflight.check(spec, store))
     _find_result(spec, store, prepared)
-    key = prepared.line.need("train").key
-    found = {"base": measure(call, prepared, None), "trained": measure(call, prepared, key)}
-    publish_evaluation(spec.name, found)
-    return {"run": spec.name, **found}
-
-
-def measure(call: Caller, prepared: Prepared, trained: str | None) -> dict[str, Any]:
-    """The evaluation of one result of this spec; None: of its base model."""
-    inputs = prepared.line.need("train").inputs
-    ref = stages.evaluate_ref(call.spec, inputs["data"], inputs["model"], trained)
-    with locked(prepared.work.run.flow_lock, shared=True):
-        call.cached(tasks.evaluate, ref, prepared.work.of_result(trained))
-    return tasks.evaluation(ref, call.store)
+    return {"run": spec.name, **evaluated(call, prepared.line, prepared.work)}
 
 
 def _find_result(spec: RunSpec, store: Store, prepared: Prepared) -> None:

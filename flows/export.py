@@ -1,7 +1,6 @@
 """The flow `export`: the result of a run, merged where asked, and copied to where it is used."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -9,17 +8,20 @@ from prefect.logging import get_run_logger
 
 from ditty import basemodel, stages
 from ditty.artifacts import Store, read_manifest
-from ditty.choices import Adapter, Device, ExportTo
-from ditty.errors import RunError
+from ditty.choices import Adapter, Device, ExportTo, Precision
+from ditty.errors import RunError, SpecError
 from ditty.files import locked, read_json
-from ditty.remote import Remote
+from ditty.package import GENERATION_CONFIG, generation_config, package_ref
 from ditty.spec import RunSpec
 from ditty.specfile import parse_spec
 from ditty.stages import StageRef
 from ditty.status import find_run
 from flows import line, tasks
+from flows.card import card_files
 from flows.frame import framed
+from flows.measure import gate_error
 from flows.mirror import have_result
+from flows.place import checked_place, copy_to, leaves_this_machine
 from flows.tasks import Caller
 from flows.training import Work
 
@@ -31,43 +33,69 @@ class Trained:
     Attributes:
         spec: what was trained, for a machine without a GPU.
         key: its content key; its artifact may be elsewhere.
+        failed_gates: why it may not leave this machine; see `flows.measure`.
     """
 
     spec: RunSpec
     key: str
+    failed_gates: tuple[str, ...]
 
 
 @flow(name="export", flow_run_name="export {run}", retries=0, persist_result=False)
-def export(run: str, to: ExportTo = ExportTo.ADAPTER, out: str | None = None) -> dict[str, Any]:
+def export(
+    run: str,
+    to: ExportTo = ExportTo.ADAPTER,
+    out: str | None = None,
+    dtype: Precision | None = None,
+    license: str | None = None,
+    public: bool = False,
+) -> dict[str, Any]:
     """The result of a run: what was trained, or a whole model; copied to `out`.
 
     The copy is verified file by file, and a copy that was cut short goes on where it was.
 
     Args:
         run: The run's name.
-        to: The adapter in peft's layout, or a model with the adapter merged into its unquantized
-            base. Where everything was trained (`model.adapter: none`), either is the model.
-        out: A folder that is made, or `s3://bucket/prefix/name`; without it, the result stays in
-            the store.
+        to: The adapter in peft's layout, a model with the adapter merged into its unquantized
+            base, or that as a .gguf file. Where everything was trained (`model.adapter: none`),
+            the first two are the model.
+        out: A folder that is made, `s3://bucket/prefix/name`, or `hub:ORG/NAME`; without it, the
+            result stays in the store.
+        dtype: Of the weights of a whole model; without it, that of the base, or that they were
+            trained in.
+        license: For the card, an identifier of the hub's (apache-2.0); without it, that of the
+            README in the base model's folder.
+        public: Whether a repository that is made at the hub can be seen by all.
 
     Returns:
-        {"run", "to", "path": in the store, "out": the url of the copy or None, "digest": SHA-256
+        {"run", "to", "path": in the store, "out": the place of the copy or None, "digest": SHA-256
         of its content, "base": the model beside which an adapter is loaded, or None}
     Raises:
         RunError: there is no such run, it has no result, or its base model is another by now.
+        SpecError: a dtype for an adapter.
+        GateFailed: the result failed `evaluate.require`, and `out` is no folder here.
         RemoteError: another content is there already, or the place cannot be reached.
         DittyError: what else stopped it.
     """
     store = Store()
     trained = _newest(run, store)
+    is_adapter = to is ExportTo.ADAPTER and trained.spec.model.adapter is not Adapter.NONE
+    if is_adapter and dtype is not None:
+        raise SpecError(
+            f"--dtype: got {dtype}, but an adapter is copied as it was trained (fp32): leave it "
+            "out, or use `--to merged` or `--to gguf`"
+        )
 
     def body(call: Caller) -> dict[str, Any]:
-        url = checked_url(out)
-        result = _result(call, trained, to)
+        if trained.failed_gates and leaves_this_machine(out):
+            stays = store.path("train", trained.key)
+            raise gate_error(run, list(trained.failed_gates), str(stays))
+        url = checked_place(out)
+        made = _result(call, trained, to, dtype)
+        result = _package(call, made, trained.key, to, license)
         path = store.path(result.stage, result.key)
         if url is not None:
-            copy_to(call, result, url)
-        is_adapter = to is ExportTo.ADAPTER and trained.spec.model.adapter is not Adapter.NONE
+            copy_to(call, result, url, public=public)
         return {
             "run": run,
             "to": to.value,
@@ -92,36 +120,46 @@ def _newest(run: str, store: Store) -> Trained:
     spec = parse_spec(found["spec"], where=where)
     # The machine that trained may have had a GPU; a merge needs none.
     launch = spec.launch.model_copy(update={"device": Device.CPU})
-    return Trained(spec.model_copy(update={"launch": launch}), found["train"])
+    failed = tuple(found.get("failed_gates", ()))
+    return Trained(spec.model_copy(update={"launch": launch}), found["train"], failed)
 
 
-def copy_to(call: Caller, made: StageRef, url: str) -> None:
-    """Copy the artifact of `made` to `url`, a `checked_url`."""
-    call(tasks.export, stages.export_ref(made, url), call.store.path(made.stage, made.key))
-
-
-def checked_url(out: str | None) -> str | None:
-    """`out` as a url, of a place that answers: asked before anything is made for it."""
-    if out is None:
-        return None
-    url = out if "://" in out else Path(out).expanduser().absolute().as_uri()
-    parent, _, name = url.rstrip("/").rpartition("/")
-    Remote(parent).manifest(name)
-    return f"{parent}/{name}"
-
-
-def _result(call: Caller, trained: Trained, to: ExportTo) -> StageRef:
+def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | None) -> StageRef:
     """The stage whose artifact is wanted; it is in the store then.
 
     Raises:
         RunError: the training's result is gone, or its base model is another by now.
     """
     spec, store = call.spec, call.store
-    ref = _training(spec, store, trained.key)
-    if to is ExportTo.ADAPTER or spec.model.adapter is Adapter.NONE:
-        return ref
+    made = _training(spec, store, trained.key)
+    if spec.model.adapter is Adapter.NONE:
+        if dtype is not None:
+            folder = store.path(made.stage, made.key)
+            cast = stages.merge_ref(trained.key, None, stages.TORCH_NAMES[dtype])
+            made = _made(call, cast, Work(spec, store, folder))
+    elif to is not ExportTo.ADAPTER:
+        made = _merged(call, made, dtype)
+    if to is ExportTo.GGUF:
+        work = Work(spec, store, store.path(made.stage, made.key))
+        made = _made(call, stages.gguf_ref(made, spec.name, _ends(store, trained.key)), work)
+    return made
+
+
+def _made(call: Caller, ref: StageRef, work: Work) -> StageRef:
+    with locked(work.run.flow_lock, shared=True):
+        call.cached(tasks.make_model, ref, work)
+    return ref
+
+
+def _merged(call: Caller, training: StageRef, dtype: Precision | None) -> StageRef:
+    """The stage that merges the adapter into its base, done.
+
+    Raises:
+        RunError: the base model is another by now.
+    """
+    spec, store = call.spec, call.store
     base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
-    if stages.model_key(base) != ref.inputs["model"]:
+    if stages.model_key(base) != training.inputs["model"]:
         raise RunError(
             f"{spec.model.base_model} is not the model that run {spec.name} was trained upon: its "
             "files have changed since, so the adapter does not belong to them. Put the earlier "
@@ -129,11 +167,29 @@ def _result(call: Caller, trained: Trained, to: ExportTo) -> StageRef:
             "again), or use `--to adapter`"
         )
     assert base.model_dir is not None, "the base model was fetched"
-    merge = stages.merge_ref(trained.key, basemodel.key(base.base))
-    work = Work(spec, store, base.model_dir).of_result(trained.key)
-    with locked(work.run.flow_lock, shared=True):
-        call.cached(tasks.make_model, merge, work)
-    return merge
+    name = None if dtype is None else stages.TORCH_NAMES[dtype]
+    merge = stages.merge_ref(training.key, basemodel.key(base.base), name)
+    return _made(call, merge, Work(spec, store, base.model_dir).of_result(training.key))
+
+
+def _ends(store: Store, train: str) -> list[int]:
+    """With which tokens a training has taught to end; none where it was before that was kept."""
+    ends: list[int] = read_manifest(store.path("train", train)).facts.get("ends", [])
+    return ends
+
+
+def _package(
+    call: Caller, made: StageRef, train: str, to: ExportTo, license: str | None
+) -> StageRef:
+    """The stage that puts a card and where to stop beside what was made, done."""
+    store = call.store
+    beside = card_files(call.spec, store, train, to, license)
+    if to is not ExportTo.GGUF:  # which has all of it in itself
+        folder = store.path(made.stage, made.key)
+        beside[GENERATION_CONFIG] = generation_config(folder, _ends(store, train))
+    ref = package_ref(made, beside)
+    call.cached(tasks.package, ref, made, beside, store)
+    return ref
 
 
 def _training(spec: RunSpec, store: Store, key: str) -> StageRef:

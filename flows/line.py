@@ -12,6 +12,7 @@ from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from ditty.stages import StageLine
 from flows import tasks
+from flows.measure import NOT_CHECKED, failed_gates, gate_error
 from flows.publish import publish_data, publish_lineage
 from flows.tasks import Caller
 from flows.training import Work
@@ -44,7 +45,12 @@ class Prepared:
 
 
 def train(call: Caller, line: StageLine) -> Prepared:
-    """All stages of the spec; `line` as `preflight.check` has resolved it."""
+    """All stages of the spec; `line` as `preflight.check` has resolved it.
+
+    Raises:
+        GateFailed: the result is not what `evaluate.require` asks for: it is not uploaded.
+        DittyError: what else stopped it.
+    """
     spec, store = call.spec, call.store
     begin(spec, store)
     with locked(RunDir.named(spec.name, store.home).flow_lock, shared=True):
@@ -52,13 +58,26 @@ def train(call: Caller, line: StageLine) -> Prepared:
         line = prepared.line
         ref = line.need("train")
         done = [*prepared.done, call.cached(tasks.train, ref, prepared.work)]
-        trained = {"train": ref.key, "spec": spec.model_dump(mode="json")}
-        write_json(RunDir.named(spec.name, store.home).trained_file, trained)
+        leave_word(spec, store, ref.key, [NOT_CHECKED] if spec.evaluate.require else [])
         publish_lineage(store.path(ref.stage, ref.key), spec.name, store)
         call.book.trained = spec.name
+        failed = failed_gates(call, line, prepared.work)
+        leave_word(spec, store, ref.key, failed)
+        if failed:
+            raise gate_error(spec.name, failed, str(store.path(ref.stage, ref.key)))
         if upload := line.only("upload"):
             done.append(call.cached(tasks.upload, upload, ref, spec, store))
     return replace(prepared, done=tuple(done))
+
+
+def leave_word(spec: RunSpec, store: Store, train: str, failed: list[str]) -> None:
+    """Which training the run has finished, for `export`.
+
+    Args:
+        failed: why its result may not leave the store; see `flows.measure`.
+    """
+    word = {"train": train, "spec": spec.model_dump(mode="json"), "failed_gates": failed}
+    write_json(RunDir.named(spec.name, store.home).trained_file, word)
 
 
 def begin(spec: RunSpec, store: Store) -> None:

@@ -30,7 +30,7 @@ from ditty.rundir import RunDir
 from ditty.stages import StageLine
 from flows.costs import StageBook
 from flows.datareport import data_facts, data_markdown, made_stages
-from flows.markup import code, escape
+from flows.markup import code, escape, fenced, shorten
 from flows.mirror import Logger
 from flows.report import History, artifact_key, lineage_link, markdown
 from flows.views import lineage_markdown
@@ -160,10 +160,25 @@ def publish_lineage(result: Path, name: str, store: Store) -> None:
 
 def publish_evaluation(name: str, found: dict[str, dict[str, Any]]) -> None:
     """A table of held-out losses: what was evaluated -> what `tasks.evaluation` says of it."""
-    rows = [{"weights": what, **values} for what, values in found.items()]
+    rows = []
+    for what, values in found.items():
+        held_out = {k: v for k, v in values.items() if k not in ("tasks", "samples")}
+        rows.append({"weights": what, **held_out, **values.get("tasks", {})})
     key = artifact_key("evaluation", name)
     about = "loss in nats a supervised token of the held-out rows"
     within(TABLE_SECONDS, lambda: create_table_artifact(rows, key, about))
+
+
+def publish_samples(name: str, found: dict[str, dict[str, Any]]) -> None:
+    """What both models write for held-out prompts; see `publish_evaluation`."""
+    parts = []
+    for base, trained in zip(found["base"]["samples"], found["trained"]["samples"], strict=True):
+        texts = {"base": base["completion"], "trained": trained["completion"]}
+        for title, text in ({"prompt": base["prompt"]} | texts).items():
+            parts.append(f"**{title}**\n\n{fenced(shorten(text))}")
+    key = artifact_key("samples", name)
+    text = "\n\n".join(parts)
+    within(TABLE_SECONDS, lambda: create_markdown_artifact(text, key, "completions, greedy"))
 
 
 def publish_refresh(name: str, outcome: dict[str, Any]) -> None:

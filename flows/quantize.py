@@ -15,8 +15,8 @@ from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from ditty.specfile import parse_spec
 from flows import line
-from flows.export import checked_url, copy_to
 from flows.frame import framed
+from flows.place import checked_place, copy_to
 from flows.tasks import Caller
 
 
@@ -41,8 +41,8 @@ def quantize(
     Args:
         model: Hub id, folder with safetensors, or .gguf file.
         to: The format.
-        out: A folder that is made, or `s3://bucket/prefix/name`; without it, the result stays in
-            the store.
+        out: A folder that is made, `s3://bucket/prefix/name`, or `hub:ORG/NAME`; without it, the
+            result stays in the store.
         precision: What its layers compute in, and what is not quantized is kept in.
         revision: Commit, branch or tag of a hub model.
 
@@ -59,7 +59,7 @@ def quantize(
     def body(call: Caller) -> dict[str, Any]:
         preflight.check_store(store)
         preflight.check_places()
-        url = checked_url(out)
+        url = checked_place(out)
         base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
         assert base.model_dir is not None, "the base model was fetched"
         basemodel.check_folder(base.model_dir, quantize=True)

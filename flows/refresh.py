@@ -17,9 +17,9 @@ from ditty.promotion import Comparison, InPlace, Promotions, candidate_name
 from ditty.spec import ModelSpec, RunSpec, TrainSpec
 from flows import line, tasks
 from flows.automations import PROMOTED, tell
-from flows.evaluate import measure
 from flows.frame import framed, run_name
 from flows.line import Prepared
+from flows.measure import measure
 from flows.publish import publish_refresh
 from flows.tasks import Caller
 
@@ -87,7 +87,7 @@ def _compare(
     call: Caller, prepared: Prepared, promotions: Promotions, current: InPlace | None
 ) -> Outcome:
     train = prepared.line.need("train")
-    new = measure(call, prepared, train.key)
+    new = measure(call, prepared.line, prepared.work, train.key)
     old = _measure_in_place(call, prepared, promotions, current)
     comparison = Comparison(new["loss"], old["loss"], promotions.margin)
     run, in_place = call.spec.name, current.result if current else None
@@ -117,7 +117,7 @@ def _measure_in_place(
 ) -> dict[str, Any]:
     """The evaluation of what is in place, on the rows that are held out now."""
     if current is None:
-        return measure(call, prepared, None)
+        return measure(call, prepared.line, prepared.work, None)
     spec = _to_load(current, call.spec)
     old = replace(call, spec=spec)
     base = line.fetched(old, stages.resolve_model(spec, call.store), stages.resolve_model)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import State, Task, task
+from prefect.blocks.system import Secret
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, launch, share, stages
+from ditty import basemodel, hubpush, launch, share, stages
+from ditty import package as packages
 from ditty.artifacts import MANIFEST, Manifest, Store, read_manifest
 from ditty.files import read_json, write_json
 from ditty.promotion import InPlace, Promotions
@@ -20,6 +22,8 @@ from flows.costs import StageBook
 from flows.progress import Event, EventState, emit
 from flows.slot import training_slot
 from flows.training import Work, passing, retry_delays, run_attempt
+
+TOKEN_BLOCK = "hf-token"  # noqa: S105  # the name of a Secret block of Prefect's
 
 
 @task(name="fetch", task_run_name="{ref.title}")
@@ -43,7 +47,7 @@ def make_model(ref: StageRef, work: Work) -> Reference:
 
 @task(name="evaluate", task_run_name="{ref.title}")
 def evaluate(ref: StageRef, work: Work) -> Reference:
-    """A held-out loss; on the GPU, so that it waits for its turn as a training does."""
+    """A held-out loss, or tasks; on the GPU, so that it waits for its turn as a training does."""
     if work.store.find(ref.stage, ref.key):
         return reference(ref, committed(ref, work.store))
     with training_slot():
@@ -51,8 +55,18 @@ def evaluate(ref: StageRef, work: Work) -> Reference:
 
 
 def evaluation(ref: StageRef, store: Store) -> dict[str, Any]:
-    """What `evaluate` has found: loss (nats a supervised token), perplexity, tokens, rows."""
-    found = read_json(store.path(ref.stage, ref.key) / "evaluation.json")
+    """What `evaluate` has found: loss (nats a supervised token), perplexity, tokens, rows; and
+    samples, see `ditty.evaluate.complete`, where `evaluate.num_samples` asks for some."""
+    folder = store.path(ref.stage, ref.key)
+    found = read_json(folder / "evaluation.json")
+    assert found is not None, f"{ref.title} was committed"
+    samples = read_json(folder / "samples.json")
+    return found if samples is None else found | {"samples": samples}
+
+
+def scores(ref: StageRef, store: Store) -> dict[str, float]:
+    """What `evaluate` has found of tasks: "task/metric" -> value."""
+    found = read_json(store.path(ref.stage, ref.key) / "tasks.json")
     assert found is not None, f"{ref.title} was committed"
     return found
 
@@ -104,11 +118,36 @@ def upload(ref: StageRef, trained: StageRef, spec: RunSpec, store: Store) -> Ref
     return reference(ref, store.build(ref.stage, ref.key, facts, make))
 
 
+@task(name="package", task_run_name="{ref.title}")
+def package(ref: StageRef, made: StageRef, beside: dict[str, bytes], store: Store) -> Reference:
+    """What is exported of `made`, in this process: links, and a few small files."""
+    make = partial(packages.package, made, beside, store)
+    facts = {"stage": ref.stage, "inputs": ref.inputs}
+    return reference(ref, store.build(ref.stage, ref.key, facts, make))
+
+
 @task(name="export", task_run_name="{ref.title}")
-def export(ref: StageRef, source: Path) -> str:
-    """Copy an artifact to another place, verified there; its digest."""
-    url, _, name = ref.inputs["out"].rpartition("/")
+def export(ref: StageRef, source: Path, public: bool) -> str:
+    """Copy an artifact to another place, verified there; its digest, or the commit's url."""
+    out = ref.inputs["out"]
+    if repo := hubpush.repo_of(out):
+        return hubpush.push(source, repo, hub_token(), private=not public)
+    url, _, name = out.rpartition("/")
     return Remote(url).put(source, name)
+
+
+def hub_token() -> str | None:
+    """HF_TOKEN, that of `hf auth login`, or the Secret block TOKEN_BLOCK; None: there is none."""
+    from huggingface_hub import get_token
+
+    if found := get_token():
+        return found
+    try:
+        block = Secret.load(TOKEN_BLOCK)
+    except ValueError:  # Prefect's word for: there is no such block
+        return None
+    assert isinstance(block, Secret), "outside of an event loop"
+    return str(block.get())
 
 
 @task(name="promote", task_run_name="{ref.title}")

@@ -93,13 +93,20 @@ def fake_hub(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     """Let huggingface_hub in this process ask a FakeHub, with an empty cache."""
     hub = FakeHub(folder)
     use_endpoint(hub.url, cache, monkeypatch)
-    thread = threading.Thread(target=hub.server.serve_forever, args=(0.05,), daemon=True)
+    with serving(hub.server):
+        yield hub
+
+
+@contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[None]:
+    """Within the block it answers."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield hub
+        yield
     finally:
-        hub.server.shutdown()
-        hub.server.server_close()
+        server.shutdown()
+        server.server_close()
         thread.join()
 
 

@@ -234,6 +234,10 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
         save_trained(module, weights, str(model_dir), Path(scenario["save"]))
     if world.main and scenario.get("weights"):
         save_file(weights, scenario["weights"])
+    if scenario.get("logits"):
+        logits = _logits(trainer, read_rows(data_dir / "eval.arrow")[0])
+        if world.main:
+            save_file({"logits": logits}, scenario["logits"])
     records = list(run_dir.metrics())
     steps = [r for r in records if r["kind"] == "train"]
     result = {
@@ -261,6 +265,20 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
     if hasattr(trainer.parallel, "engine"):
         trainer.parallel.engine.destroy()  # DeepSpeed's buffers, for the next scenario's sake
     return result
+
+
+def _logits(trainer: Any, row: Any) -> Any:
+    """What the trained model says of the first document of a row, as it is cut over processes."""
+    import torch
+
+    from ditty.attention import generating
+
+    model = trainer.parallel.model
+    ids = torch.tensor([row["input_ids"][: row["lengths"][0]]], device=trainer.world.device)
+    with torch.no_grad(), generating(model):
+        logits = model(input_ids=ids).logits.float().cpu()
+    trainer.parallel.rest()
+    return logits
 
 
 def _held_out(scenario: dict[str, Any], rows: Any, train: Any) -> Any:

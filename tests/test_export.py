@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from prefect.blocks.system import Secret
+from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner
 
 from ditty import stages
 from ditty.artifacts import Store, verify
-from ditty.choices import ExportTo, Quantization
-from ditty.errors import DittyError, RemoteError, RunError
+from ditty.choices import ExportTo, Precision, Quantization
+from ditty.errors import DittyError, RemoteDenied, RemoteError, RunError, SpecError
 from ditty.files import write_json
-from ditty.lineage import lineage
+from ditty.ggufexport import FILE
+from ditty.lineage import Node, lineage
 from ditty.quantize import quantize
 from ditty.remote import Remote, final_name
 from ditty.rundir import RunDir
@@ -26,10 +28,14 @@ from ditty.spec import RunSpec
 from flows.cli import app
 from flows.export import export
 from flows.progress import Event, EventState, listen
+from flows.tasks import TOKEN_BLOCK
 from tests.architectures import rewrite
+from tests.push_hub import TOKEN, push_hub
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.served import tiny_spec
 from tests.test_merge import trained
+from tests.tiny import make_model_folder, tiny_config
+from tests.tokenizers_for_tests import train_tokenizer
 
 
 def leave_word(run: RunDir, spec: RunSpec, key: str) -> None:
@@ -53,9 +59,11 @@ def made(tmp_path: Path, home: Path, prefect_api: str) -> Path:
 
 def test_to_a_folder_and_to_a_bucket(made: Path, tmp_path: Path, bucket: str) -> None:  # noqa: F811
     out = tmp_path / "model-1"
-    assert export("mine")["path"] == str(made)
     done = export("mine", out=str(out))
-    assert done["digest"] == verify(out).digest == verify(made).digest
+    assert export("mine")["path"] == done["path"]
+    assert done["digest"] == verify(out).digest == verify(Path(done["path"])).digest
+    kept = Path(done["path"], "adapter_model.safetensors")
+    assert kept.samefile(made / "adapter_model.safetensors"), "it takes no second place"
     assert (out / "adapter_model.safetensors").read_bytes() == b"weights"
     before = (out / "adapter_model.safetensors").stat().st_ino
     assert export("mine", out=str(out)) == done, "a second time"
@@ -65,6 +73,36 @@ def test_to_a_folder_and_to_a_bucket(made: Path, tmp_path: Path, bucket: str) ->
     assert export("mine", out=url)["out"] == url
     manifest = Remote(f"s3://{bucket.name}/models").manifest("one")
     assert manifest and manifest.digest == done["digest"]
+
+
+def test_to_the_hub(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """With the token of a Prefect block, which nothing that was written or said has in it."""
+    caplog.set_level("DEBUG")
+    with push_hub(tmp_path / "cache", monkeypatch) as hub:
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(RemoteDenied, match="there is no token for the hub"):
+            export("mine", out="hub:my-org/mine")
+        Secret(value=TOKEN).save(TOKEN_BLOCK)
+        done = export("mine", out="hub:my-org/mine")
+        again = export("mine", out="hub:my-org/mine")
+        assert done == again and done["out"] == "hub:my-org/mine"
+        repo = hub.repos["my-org/mine"]
+        assert repo["private"] and len(repo["commits"]) == 1
+        assert hub.holds("my-org/mine", Path(done["path"]))
+        export("mine", out="hub:me/mine", public=True)
+        assert not hub.repos["me/mine"]["private"]
+    assert repo["files"]["adapter_model.safetensors"] == b"weights"
+    assert b"library_name: peft" in repo["files"]["README.md"]
+    home = made.parent.parent.parent
+    kept = b"".join(p.read_bytes() for p in home.rglob("*") if p.is_file())
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert "my-org/mine" in said and TOKEN not in said and TOKEN.encode() not in kept
 
 
 def test_never_over_something_else(made: Path, tmp_path: Path) -> None:
@@ -81,7 +119,7 @@ def test_never_over_something_else(made: Path, tmp_path: Path) -> None:
 def test_a_result_that_is_gone_here_comes_from_the_target(made: Path, tmp_path: Path) -> None:
     shutil.rmtree(made)
     export("mine", out=str(tmp_path / "out"))
-    assert verify(tmp_path / "out").digest == verify(made).digest
+    assert verify(tmp_path / "out") and verify(made)
     shutil.rmtree(made)
     shutil.rmtree(tmp_path / "target")
     (tmp_path / "target").mkdir()
@@ -114,6 +152,11 @@ def test_the_key_of_a_merge() -> None:
     others = [stages.merge_ref("x", "b"), stages.merge_ref("a", "x")]
     others += [stages.merge_ref("a", "b", "bfloat16")]
     assert len({ref.key for ref in (first, *others)}) == 4
+    files = [
+        stages.gguf_ref(first, name, ends) for name, ends in (("a", []), ("b", []), ("a", [1]))
+    ]
+    files.append(stages.gguf_ref(others[0], "a", []))
+    assert len({ref.key for ref in files}) == 4
     assert stages.export_ref(first, "file:///x").key != stages.export_ref(first, "file:///y").key
 
 
@@ -121,11 +164,17 @@ def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefec
     """An adapter of an nf4 base, merged into fp32: what it is beside the unquantized base."""
     values = tiny_spec(tmp_path, "mine", 4)
     values["model"]["quantization"] = "nf4"
+    train_tokenizer(tmp_path / "model")
     spec, store = RunSpec.model_validate(values), Store(home)
+
+    def chain(out: Path) -> tuple[Node, ...]:
+        return lineage(str(out), store).parents
+
     train = stages.resolve(spec, store).need("train")
     (tmp_path / "nf4").mkdir()
     quantize(tmp_path / "model", tmp_path / "nf4", Quantization.NF4, "float32")
-    with store.commit("train", train.key, {"stage": "train", "inputs": train.inputs}) as staging:
+    facts = {"stage": "train", "inputs": train.inputs, "ends": [1]}
+    with store.commit("train", train.key, facts) as staging:
         trained(tmp_path / "nf4", staging, "dora")
     leave_word(RunDir.named("mine", home), spec, train.key)
     events: list[Event] = []
@@ -146,14 +195,52 @@ def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefec
     assert (expected - plain).abs().max() > 1e-3
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
-    kinds = {parent.kind for parent in lineage(str(tmp_path / "out"), store).parents}
-    assert kinds == {"train", "model"}
+    with pytest.raises(SpecError, match="--dtype: got bf16, but an adapter is copied as"):
+        export("mine", dtype=Precision.BF16)
+    file = export("mine", ExportTo.GGUF, str(tmp_path / "file"))
+    (gguf,) = chain(tmp_path / "file")
+    assert file["base"] is None and [parent.kind for parent in gguf.parents] == ["merge"]
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "file", gguf_file=FILE)
+    assert torch.equal(read(ids).logits, ours)
+
+    (merge,) = chain(tmp_path / "out")
+    assert {parent.kind for parent in merge.parents} == {"train", "model"}
+    stops = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert stops == [2, 1], "the tokenizer's own, and what its rows ended with"
     rewrite(tmp_path / "model", lambda tensors: [t.mul_(2) for t in tensors.values()])
     with pytest.raises(RunError, match="its files have changed since"):
         export("mine", ExportTo.MERGED)
 
 
+@pytest.mark.slow
+def test_a_model_that_was_trained_whole(tmp_path: Path, home: Path, prefect_api: str) -> None:
+    """Cast to bf16, and that written as .gguf: each weight rounded once."""
+    values = tiny_spec(tmp_path, "mine", 4)
+    values["model"]["adapter"] = "none"
+    spec, store = RunSpec.model_validate(values), Store(home)
+    train = stages.resolve(spec, store).need("train")
+    with store.commit("train", train.key, {"stage": "train", "inputs": train.inputs}) as staging:
+        make_model_folder(staging, tiny_config(hidden_size=32))
+        train_tokenizer(staging)
+    leave_word(RunDir.named("mine", home), spec, train.key)
+    trained = AutoModelForCausalLM.from_pretrained(export("mine")["path"])
+    assert export("mine", ExportTo.MERGED)["path"] == export("mine")["path"]
+    cast = export("mine", ExportTo.MERGED, dtype=Precision.BF16)["path"]
+    export("mine", ExportTo.GGUF, str(tmp_path / "file"), Precision.BF16)
+    ours = AutoModelForCausalLM.from_pretrained(cast)
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "file", gguf_file=FILE, dtype=torch.bfloat16
+    )
+    assert ours.dtype == torch.bfloat16
+    for name, value in trained.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value.bfloat16()), name
+        assert torch.equal(read.state_dict()[name], value.bfloat16()), name
+
+
 def test_the_command(made: Path) -> None:
     done = CliRunner().invoke(app, ["export", "mine"])
     assert done.exit_code == 0, done.output
-    assert str(made) in done.output.replace("\n", "") and "PeftModel.from_pretrained" in done.output
+    assert (
+        str(made.parent.parent / "package") in done.output.replace("\n", "")
+        and "PeftModel.from_pretrained" in done.output
+    )

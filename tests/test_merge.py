@@ -48,14 +48,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def trained(base: Path, out: Path, kind: str) -> Path:
+def trained(base: Path, out: Path, kind: str, scale: float = 0.05) -> Path:
     """An adapter as a training leaves it: every matrix of it is other than at the start."""
     spec = ModelSpec.model_validate({"base_model": str(base), "lora_r": 4, **KINDS[kind]})
     device = torch.device("cpu")
     module = add_adapter(load_base(base, spec, Precision.FP32, device), spec, seed=0)
     generator = torch.Generator().manual_seed(1)
     weights = {
-        name: value.detach() + 0.05 * torch.randn(value.shape, generator=generator)
+        name: value.detach() + scale * torch.randn(value.shape, generator=generator)
         for name, value in trainable(module).items()
     }
     save_trained(module, weights, str(base), out)
@@ -82,7 +82,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(ids).logits
 
 
-def merged(base: Path, adapter: Path, out: Path, **options: Any) -> dict[str, Any]:
+def merged(base: Path, adapter: Path | None, out: Path, **options: Any) -> dict[str, Any]:
     out.mkdir()
     return merge(base, adapter, out, **options)
 
@@ -166,6 +166,15 @@ def test_another_dtype(root: Path, tmp_path: Path) -> None:
     exact = beside(root / "llama", adapter).merge_and_unload().state_dict()
     for key, value in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(value, exact[key].bfloat16()), key
+
+
+def test_without_an_adapter_it_casts(root: Path, tmp_path: Path) -> None:
+    merged(root / "llama", None, tmp_path / "out", dtype="float16")
+    exact = loaded(root / "llama").state_dict()
+    ours = loaded(tmp_path / "out")
+    assert ours.dtype == torch.float16 and ours.config.tie_word_embeddings
+    for key, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert value.dtype == torch.float16 and torch.equal(value, exact[key].half()), key
 
 
 def test_no_more_than_a_layer_is_in_memory(

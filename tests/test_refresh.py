@@ -11,17 +11,19 @@ import httpx
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ditty.artifacts import Store, read_manifest
 from ditty.data import read_rows
-from ditty.errors import RemoteError, RunError, RunMismatch
+from ditty.errors import GateFailed, RemoteError, RunError, RunMismatch
 from ditty.promotion import Comparison, InPlace, Promotions, candidate_name
 from ditty.remote import Remote
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from flows.automations import PROMOTED
 from flows.evaluate import evaluate
+from flows.export import export
+from flows.finetune import finetune
 from flows.progress import Event, EventState, listen
 from flows.refresh import refresh
 from tests.served import tiny_spec
@@ -30,6 +32,8 @@ from tests.served import tiny_spec
 def spec_of(folder: Path, steps: int = 6, **changes: Any) -> RunSpec:
     values = tiny_spec(folder, "fresh", steps)
     values["data"]["eval_fraction"] = 0.2
+    values["evaluate"] = {"require": {"eval_loss": "< base"}, "num_samples": 1}
+    values["train"]["sample_max_tokens"] = 6
     values["train"] |= {"learning_rate": 1e-2, "schedule": "constant", "save_steps": 1000}
     return RunSpec.model_validate(values | changes)
 
@@ -57,6 +61,23 @@ def plain_loss(model_dir: Path, adapter: Path | None, rows: Any) -> float:
     return total / count
 
 
+def plain_completion(model_dir: Path, adapter: Path | None, prompt: str) -> str:
+    """Six tokens by transformers' own `generate`; the prompt is of a user who has said it all."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    said = prompt.removeprefix("user\n").partition("\n")[0]
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": said}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.eval().generate(**ids, do_sample=False, max_new_tokens=6, eos_token_id=2)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def quietly(flow: Any, spec: RunSpec) -> tuple[dict[str, Any], set[EventState]]:
     """The flow's result, and how its stages ended."""
     events: list[Event] = []
@@ -77,6 +98,8 @@ def test_what_is_better_is_promoted_and_only_that(
     assert one and (one.number, one.over, one.run) == (1, None, first["run"])
     target = Path(one.result.removeprefix("file://"))
     assert (target / "adapter_model.safetensors").is_file(), "the result is not at the target"
+
+    _is_stopped_at_a_gate(spec, first, tmp_path)
 
     again, ends = quietly(refresh, spec)
     assert ends == {EventState.CACHED}
@@ -99,6 +122,27 @@ def test_what_is_better_is_promoted_and_only_that(
     assert _promoted_events(prefect_api, 2) == [one.result, two.result]
 
 
+def _is_stopped_at_a_gate(spec: RunSpec, first: dict[str, Any], folder: Path) -> None:
+    """The same training, asked for more: it goes to no other target, and the error has figures."""
+    new, old = first["comparison"]["new"], first["comparison"]["old"]
+    asked = {
+        "name": first["run"],
+        "upload": {"url": f"file://{folder}/other"},
+        "evaluate": {
+            "require": {"eval_loss": "< base - 50", "eval_perplexity": "> 1"},
+            "num_samples": 1,
+        },
+    }
+    values = spec.model_dump(mode="json") | asked
+    figures = rf"eval_loss is {new:.4f}, required is < base - 50, which is < {old - 50:.4f} \(ev"
+    with pytest.raises(GateFailed, match=figures):
+        finetune(RunSpec.model_validate(values))
+    assert list((folder / "other").rglob("manifest.json")) == []
+    with pytest.raises(GateFailed, match=figures):
+        export(first["run"], out="s3://nobody/here/one")
+    assert Path(export(first["run"], out=str(folder / "to-look-at"))["path"]).is_dir()
+
+
 def _is_what_others_measure(spec: RunSpec, first: dict[str, Any], home: Path) -> None:
     """By peft and transformers, and by the training itself; `evaluate` finds both measured."""
     (packed,) = (home / "store" / "pack").glob("[0-9a-f]*")
@@ -115,6 +159,10 @@ def _is_what_others_measure(spec: RunSpec, first: dict[str, Any], home: Path) ->
     assert ends == {EventState.CACHED}
     assert [found["base"]["loss"], found["trained"]["loss"]] == losses
     assert found["trained"]["perplexity"] == math.exp(losses[1])
+    for what, adapter in (("base", None), ("trained", trained)):
+        (sample,) = found[what]["samples"]
+        assert sample["completion"] == plain_completion(model_dir, adapter, sample["prompt"]), what
+    assert found["base"]["samples"] != found["trained"]["samples"]
 
 
 def test_only_what_is_trained_is_evaluated(tmp_path: Path, home: Path, prefect_api: str) -> None:

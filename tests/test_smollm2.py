@@ -15,18 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ditty.choices import Quantization
 from ditty.convert import convert_gguf
 from ditty.data import read_rows
 from ditty.demo_model import smollm2
+from ditty.export import merge
 from ditty.fp8 import loading_config
+from ditty.ggufexport import FILE, write_gguf
 from ditty.model import keep_4bit_weights
 from ditty.quantize import quantize
 from ditty.rundir import RunDir
 from tests.processes import ROOT, kill_when
+from tests.test_harness import write_quiz
 from tests.test_kills import adapter_hash
+from tests.test_merge import trained
 
 pytestmark = pytest.mark.slow
 
@@ -137,3 +141,54 @@ def test_logits_of_a_float8_base(tmp_path, capsys):
             f"logits {apart:.3f} apart (relative norm), {same:.1%} the same first choice"
         )
     assert divergence < 0.05 and abs(after / before - 1) < 0.015
+
+
+@torch.no_grad()
+def test_merged_and_gguf_write_the_same_text(tmp_path, monkeypatch, capsys):
+    """An adapter of the real model, exported both ways, both read by transformers; and the harness
+    runs on the merged one."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    base, merged, file = (tmp_path / name for name in ("base", "merged", "file"))
+    for folder in (base, merged, file):
+        folder.mkdir()
+    convert_gguf(Path(smollm2(tmp_path)), base)
+    adapter = trained(base, tmp_path / "adapter", "attention", scale=0.01)
+    merge(base, adapter, merged)
+    write_gguf(merged, file, "SmolLM2")
+    unpacked = GgufConfig(gguf_file=FILE, dequantize=True)
+    models = {
+        "base": AutoModelForCausalLM.from_pretrained(base),
+        "merged": AutoModelForCausalLM.from_pretrained(merged),
+        "gguf": AutoModelForCausalLM.from_pretrained(
+            file, gguf_file=FILE, quantization_config=unpacked, dtype=torch.bfloat16
+        ),
+    }
+    tokenizers = {
+        "base": AutoTokenizer.from_pretrained(base),
+        "merged": AutoTokenizer.from_pretrained(merged),
+        "gguf": AutoTokenizer.from_pretrained(file, gguf_file=FILE),
+    }
+    question = [{"role": "user", "content": "What is a good name for a small dog, and why?"}]
+    texts = {}
+    for name, model in models.items():
+        tokenizer = tokenizers[name]
+        prompt = tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**prompt, do_sample=False, max_new_tokens=24)
+        texts[name] = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])
+    with capsys.disabled():
+        print(f"\nSmolLM2, merged: {texts['merged']!r}")
+    assert texts["gguf"] == texts["merged"] != texts["base"]
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(write_quiz(tmp_path).parent)
+    known = TaskManager(include_defaults=False)
+    wrapped = HFLM(pretrained=str(merged), device="cpu")
+    scores = simple_evaluate(wrapped, tasks=["quiz.yaml"], task_manager=known)["results"]["quiz"]
+    with capsys.disabled():
+        print(f"the harness: {scores['acc,none']:.2f} of 12 questions")
+    assert 0 <= scores["acc,none"] <= 1

@@ -8,10 +8,14 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ditty.choices import Quantization
+from ditty.data import read_rows
+from ditty.export import merge
+from ditty.model import keep_4bit_weights
 from ditty.quantize import quantize
 from tests import scenarios
 from tests.tables_for_tests import write_rows
@@ -40,6 +44,7 @@ KILLED = {"ddp": (FULL,), "zero3": (LORA,), "fsdp2": (QLORA,)}
 CHANGED = ("fsdp2",)
 SLOW_KILLED = {"fsdp2": (LORA,)}
 SLOW_CHANGED = ("ddp", "zero3")
+EXPORTED = ("qlora-fsdp2", "full-zero3", "lora-zero3")
 KINDS = {"none": "Replicated", "ddp": "Replicated", "fsdp2": "FullySharded", "zero3": "Zero3"}
 
 
@@ -91,15 +96,22 @@ def _loaded(root):
 def _same_numbers(root):
     one = {"gradient_accumulation_steps": 1}
     for sharding in ("ddp", *SHARDED):
-        yield scenario(root, f"full-{sharding}", sharding, FULL)
+        for model in (FULL, LORA, QLORA):
+            name = f"{_short(model)}-{sharding}"
+            yield scenario(root, name, sharding, model, **_exported(root, name))
         yield scenario(root, f"full1-{sharding}", sharding, FULL, train=one)
-        yield scenario(root, f"lora-{sharding}", sharding, LORA)
-        yield scenario(root, f"qlora-{sharding}", sharding, QLORA)
     yield scenario(root, "full1-none", "none", FULL, 1, train=one)
     yield scenario(root, "full-none", "none", FULL, 1)
     four = {**one, "max_steps": 5}
     yield scenario(root, "lora-hybrid", "hybrid", LORA, 4, train={**four, "shard_size": 2})
     yield scenario(root, "lora-fsdp2-4", "fsdp2", LORA, 4, train=four)
+
+
+def _exported(root, name):
+    """What the trained model says while it is still in its processes, and what is saved of it."""
+    if name not in EXPORTED:
+        return {}
+    return {"save": str(root / f"{name}-saved"), "logits": str(root / f"{name}-logits")}
 
 
 def _killed(root, which):
@@ -130,6 +142,36 @@ def _switched(root):
     yield scenario(root, f"{name}-a", "zero3", PLAIN, home=name, stop_before=6)
     yield scenario(root, f"{name}-b", "fsdp2", PLAIN, home=name, stop_before=12)
     yield scenario(root, name, "ddp", PLAIN, home=name)
+
+
+def loaded(folder, adapter=None):
+    """A folder as anyone loads it, perhaps with an adapter beside it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    keep_4bit_weights(model)
+    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+
+@torch.no_grad()
+def logits(model, root):
+    row = read_rows(root / "data" / "eval.arrow")[0]
+    return model(input_ids=torch.tensor([row["input_ids"][: row["lengths"][0]]])).logits
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_is_exported_says_what_the_trained_model_said(root, results, tmp_path, name):
+    """Cut over two processes, then saved; merged too, into the base that is not quantized."""
+    model, _ = name.split("-")
+    base, saved = root / "model", root / f"{name}-saved"
+    said = load_file(root / f"{name}-logits")["logits"]
+    beside = root / "nf4" if model == "qlora" else base
+    ours = loaded(saved) if model == "full" else loaded(beside, saved)
+    torch.testing.assert_close(logits(ours, root), said, rtol=1e-6, atol=1e-6)
+    assert (said - logits(loaded(beside), root)).abs().max() > 1e-3, "nothing was learned"
+    if model == "full":
+        return
+    merge(base, saved, tmp_path)
+    expected = said if model == "lora" else logits(loaded(base, saved), root)
+    torch.testing.assert_close(logits(loaded(tmp_path), root), expected, rtol=1e-5, atol=1e-5)
 
 
 def losses(result):

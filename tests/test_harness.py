@@ -1,0 +1,156 @@
+"""Tasks of lm-evaluation-harness; the oracle is the harness on the merged model, by its path."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ditty import evaltasks, preflight, stages
+from ditty.choices import Precision
+from ditty.errors import GateFailed, RunError, SpecError
+from ditty.evaltasks import identify
+from ditty.export import merge
+from ditty.load import load_trained
+from ditty.spec import EvaluateSpec, ModelSpec, RunSpec, TrainSpec
+from flows.evaluate import evaluate
+from flows.finetune import finetune
+from flows.progress import Event, EventState, listen
+from tests.served import tiny_spec
+from tests.test_merge import trained
+from tests.test_specs import MINIMAL
+from tests.tiny import make_model_folder
+
+QUIZ = {
+    "task": "quiz",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "quiz.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+def write_quiz(folder: Path, rows: int = 12) -> Path:
+    questions = [
+        {"question": f"What is {i}?", "choices": ["one", f"it is {i}", "a lot"], "answer": i % 3}
+        for i in range(rows)
+    ]
+    text = "".join(json.dumps(question) + "\n" for question in questions)
+    (folder / "quiz.jsonl").write_text(text)
+    (folder / "quiz.yaml").write_text(yaml.safe_dump(QUIZ))
+    return folder / "quiz.yaml"
+
+
+def test_an_adapter_scores_what_the_merged_model_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoTokenizer
+
+    from ditty.harness import run_tasks
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    quiz, base = write_quiz(tmp_path), make_model_folder(tmp_path / "base")
+    adapter = trained(base, tmp_path / "adapter", "lora")
+    (tmp_path / "merged").mkdir()
+    merge(base, adapter, tmp_path / "merged")
+    found, expected = [], []
+    for limit, result, whole in ((None, adapter, tmp_path / "merged"), (5, None, base)):
+        module = load_trained(
+            base, result, ModelSpec(base_model=""), TrainSpec(precision="fp32"), torch.device("cpu")
+        )
+        asked = EvaluateSpec(tasks=[str(quiz)], tasks_limit=limit)
+        found.append(run_tasks(module, AutoTokenizer.from_pretrained(base), asked, Precision.FP32))
+        monkeypatch.chdir(tmp_path)
+        theirs = simple_evaluate(
+            HFLM(pretrained=str(whole), device="cpu", dtype="float32"),
+            tasks=["quiz.yaml"],
+            task_manager=TaskManager(include_defaults=False),
+            limit=limit,
+        )
+        expected.append({"quiz/acc": theirs["results"]["quiz"]["acc,none"]})
+    assert found == expected and found[0] != found[1]
+    with pytest.raises(RunError, match=r"missing.yaml \(evaluate.tasks\) cannot be run"):
+        asked = EvaluateSpec(tasks=[str(tmp_path / "missing.yaml")])
+        run_tasks(module, AutoTokenizer.from_pretrained(base), asked, Precision.FP32)
+
+
+@pytest.mark.slow
+def test_a_run_is_stopped_at_the_gate_of_a_task(
+    tmp_path: Path, home: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both models answer in processes of their own, once; what is worse is not uploaded."""
+    values = tiny_spec(tmp_path, "quiz", 4)
+    values["data"]["eval_fraction"] = 0
+    values["launch"]["environment"] = ["HF_DATASETS_CACHE"]
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    asked = {"tasks": [str(write_quiz(tmp_path))], "require": {"quiz/acc": "> base + 1"}}
+    spec = RunSpec.model_validate(values | {"evaluate": asked})
+    with pytest.raises(GateFailed, match=r"quiz/acc is 0.\d{4}, required is > base \+ 1, which is"):
+        finetune(spec)
+    assert list((tmp_path / "target").rglob("adapter_model.safetensors")) == []
+    events: list[Event] = []
+    passes = {"evaluate": asked | {"require": {"quiz/acc": ">= 0"}}}
+    with listen(events.append):
+        finetune(RunSpec.model_validate(values | passes))
+        found = evaluate(RunSpec.model_validate(values | passes))
+    done = {event.stage: event.state for event in events}
+    assert {state for stage, state in done.items() if "tasks of" in stage} == {EventState.CACHED}
+    assert len(list((tmp_path / "target").rglob("final/*/adapter_model.safetensors"))) == 1
+    assert found["base"].keys() == {"tasks"} and 0 <= found["trained"]["tasks"]["quiz/acc"] <= 1
+
+
+def spec_with(tasks: list[str], **require: str) -> RunSpec:
+    return RunSpec.model_validate(MINIMAL | {"evaluate": {"tasks": tasks, "require": require}})
+
+
+def test_the_key_is_of_all_that_decides_the_scores(tmp_path: Path) -> None:
+    quiz = write_quiz(tmp_path)
+
+    def key(tasks: list[str] | None = None, trained: str | None = "t", **train: Any) -> str:
+        spec = spec_with(tasks or [str(quiz)])
+        spec = spec.model_copy(update={"train": TrainSpec(**train)})
+        return stages.harness_ref(spec, "m", trained).key
+
+    seen = {key(), key(trained=None), key(["hellaswag"]), key(precision="fp16")}
+    (tmp_path / "notes.txt").write_text("of no importance")
+    assert key() in seen
+    for name, content in (("quiz.jsonl", "{}"), ("utils.py", "x = 1"), ("quiz.yaml", None)):
+        text = content or yaml.safe_dump(QUIZ | {"doc_to_text": "{{question}}:"})
+        (tmp_path / name).write_text(text)
+        assert key() not in seen
+        seen.add(key())
+    assert len(seen) == 7
+
+
+def test_a_task_that_cannot_be_run_is_refused_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiz = write_quiz(tmp_path)
+    preflight.check_tasks(spec_with([str(quiz)], **{"quiz/acc": "> 0"}))
+    with pytest.raises(SpecError, match="names quizz/acc, and evaluate.tasks measures only quiz"):
+        preflight.check_tasks(spec_with([str(quiz)], **{"quizz/acc": "> 0"}))
+    with pytest.raises(SpecError, match="cannot read .*none.yaml"):
+        preflight.check_tasks(spec_with([str(tmp_path / "none.yaml")]))
+    quiz.write_text("dataset_path: !function utils.load\n")
+    with pytest.raises(SpecError, match="has no key `task`"):
+        preflight.check_tasks(spec_with([str(quiz)]))
+    monkeypatch.setattr(evaltasks, "PACKAGE", "no-such-harness")
+    with pytest.raises(SpecError, match=r"pip install 'ditty\[eval\]'"):
+        preflight.check_tasks(spec_with(["hellaswag"]))
+    assert identify("hellaswag") == {"name": "hellaswag"}
+
+
+def test_what_no_task_measures_is_refused_in_the_spec() -> None:
+    with pytest.raises(ValueError, match="require names 'quiz/acc', which nothing measures"):
+        spec_with([], **{"quiz/acc": "> 0"})
+    with pytest.raises(ValueError, match="require names 'acc'.* eval_loss, eval_perplexity, or"):
+        spec_with(["quiz"], acc="> 0")
