@@ -276,13 +276,18 @@ def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str
         "base_model": job.spec.model.base_model,
         "steps": outcome.step,
         "eval": [{k: r[k] for k in ("step", "loss")} for r in records if r["kind"] == "eval"],
-        "loss": next((r["loss"] for r in reversed(records) if r["kind"] == "train"), None),
+        "loss": next((r["loss"] for r in reversed(records) if _has_loss(r)), None),
     }
     if job.spec.train.final_weights is FinalWeights.BEST:
         facts["best_step"] = trainer.progress.best_step  # the one that the weights are of
     with Store(job.home).commit("train", job.key, facts) as out:
         save_trained(module, weights, job.spec.model.base_model, out)
         _save_tokenizer(job, out)
+
+
+def _has_loss(record: dict[str, Any]) -> bool:
+    """Whether it is of a step with a finite loss: one without may have been skipped."""
+    return bool(record["kind"] == "train" and math.isfinite(record["loss"]))
 
 
 def _save_tokenizer(job: Job, out: Path) -> None:
