@@ -23,7 +23,7 @@ from ditty.loss import token_loss_sum
 from ditty.optim import check_schedule, learning_rate
 from ditty.parallel import LossScale, make_parallel, scale_gradients, squared_norm
 from ditty.progress import Progress
-from ditty.readout import Readout, Work, clip_factor
+from ditty.readout import Readout, Work, clip_factor, waits_for_numbers
 from ditty.recompute import choose_recomputed, recompute_blocks
 from ditty.rng import choose_kernels, seed_all
 from ditty.rundir import RunDir, append_record
@@ -105,10 +105,7 @@ class Trainer:
         self.progress = Progress()
         self.loss_scale = LossScale.of(train.precision)
         self.guard = StepGuard(train)
-        # Before a step is taken, its numbers are seen: where that costs nothing, and where a skip,
-        # the loss scale or gradients on the host ask for it. Elsewhere they are read a step later.
-        on_host = self.world.device.type == "cpu" or train.cpu_offload
-        self.waits = on_host or self.loss_scale.adapts or train.skips
+        self.waits = waits_for_numbers(train, self.world.device)
         self.unread: Readout | None = None
         self.clock = 0.0  # when the numbers of the step before were there
         self.checkpointer = Checkpointer(
@@ -288,7 +285,8 @@ class Trainer:
         readout, self.unread = self.unread, None
         if readout is not None:
             loss, norm = readout.read()
-            self._judge(readout.work, loss, norm)
+            action = self._judge(readout.work, loss, norm)
+            assert action is not OnAnomaly.SKIP, "too late to skip it: see waits_for_numbers"
             self._record(readout.work, loss, norm)
 
     def _judge(self, work: Work, loss: float, norm: float) -> OnAnomaly | None:

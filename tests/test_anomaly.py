@@ -16,6 +16,7 @@ from ditty.anomaly import LEAST_SIGMA, MOST_SKIPPED, StepGuard, robust_z
 from ditty.choices import OnAnomaly
 from ditty.errors import RunError, RunMismatch, StoreError
 from ditty.identity import check_identity
+from ditty.readout import waits_for_numbers
 from ditty.rundir import RunDir
 from ditty.specfile import parse_spec
 from ditty.stages import training_identity
@@ -166,7 +167,17 @@ def test_what_a_finite_step_made_infinite_is_not_committed(folder, tmp_path):
     assert len(calls) >= 3 and RunDir(tmp_path / "run").committed_steps() == [1, 2]
 
 
-def test_the_measure_is_numpys(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "waits"),
+    [({}, False), ({"on_spike": "stop"}, False), ({"on_spike": "skip"}, True)]
+    + [({"on_non_finite": "skip"}, True), ({"precision": "fp16"}, True)],
+)
+def test_on_a_gpu_only_a_skip_waits_for_the_numbers_of_its_step(changes, waits):
+    assert waits_for_numbers(easy(**changes), torch.device("cuda")) is waits
+    assert waits_for_numbers(easy(**changes), torch.device("cpu"))
+
+
+def test_the_measure_is_numpys():
     generator = np.random.default_rng(0)
     for size in (4, 5, 128):
         window = generator.standard_t(2, size) * 0.3 + 2.0
