@@ -15,7 +15,7 @@ from ditty.rundir import Result, RunDir, Status, append_record
 from ditty.spec import RunSpec
 from ditty.stages import StageRef
 from flows import cancel, tasks, training
-from flows.mirror import remote_steps
+from flows.mirror import remote_checkpoints
 from flows.progress import Event, EventState, listen
 from flows.training import Work
 
@@ -176,7 +176,7 @@ def test_checkpoints_go_to_the_target_and_come_back(
     trainings.spec = Trainings(trainings.store.home, url).spec
     with pytest.raises(Preempted):
         trainings.go(saved_then(3, STOPPED))
-    assert remote_steps(Remote(url), "demo") == [3]
+    assert list(remote_checkpoints(Remote(url), "demo")) == [3]
 
     def resumed(other: Trainings) -> Result:
         assert other.run.committed_steps() == [3]
