@@ -164,14 +164,14 @@ def content(target: Path) -> dict[str, bytes]:
 
 
 def sleeper(run: RunDir, url: str) -> int:
-    """A process that copies step 2, and sleeps just before it commits that, and just after."""
+    """A process that copies step 5, and sleeps just before it commits that, and just after."""
     child = os.fork()
     if child:
         return child
     create = Folder.create
 
     def asleep(self: Folder, key: str, data: bytes) -> bool:
-        if "step_000000002/manifest" not in key:
+        if "step_000000005/manifest" not in key:
             return create(self, key, data)
         os.kill(os.getpid(), signal.SIGSTOP)
         created = create(self, key, data)
@@ -201,7 +201,7 @@ def test_one_that_slept_through_a_takeover_writes_nothing_that_counts(
     save(one, 1, "first")
     with hold(one, Remote(url)) as lease, Mirror(one, lease, 2, LOG):  # type: ignore[arg-type]
         pass
-    save(one, 2, "of the one that slept")
+    save(one, 5, "of the one that slept")
     with monkeypatch.context() as soon:
         soon.setattr(leases, "LEASE_SECONDS", 0.0)
         child = sleeper(one, url)
@@ -223,7 +223,7 @@ def test_one_that_slept_through_a_takeover_writes_nothing_that_counts(
             os.kill(child, signal.SIGCONT)
             assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
             late = set(remote.names()) - set(counted.values())
-            assert late == {"demo/checkpoints/000002/step_000000002"}, "it did not wake"
+            assert late == {"demo/checkpoints/000002/step_000000005"}, "it did not wake"
             assert remote_checkpoints(remote, "demo") == counted
             third = RunDir.named("demo", tmp_path / "third")
             assert fetch_newer(third, remote, IDENTITY, LOG) == 2
@@ -257,6 +257,25 @@ def test_once_it_is_lost_nothing_is_copied_and_training_ends(
             pass
         assert isinstance(held.lost, RunBusy) and "/another) at " in str(held.lost)
     assert remote.names() == [] and "was not copied: run demo" in caplog.text
+
+
+def test_one_that_slept_after_it_had_asked_removes_nothing_that_a_newer_one_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    remote, run = Remote(target.as_uri()), RunDir.named("demo", tmp_path / "home")
+    monkeypatch.setattr(leases, "LEASE_SECONDS", -1.0)
+    with hold(run, remote) as held:
+        assert held is not None
+        monkeypatch.setattr(held, "check", lambda: None)
+        taken(remote, "another")
+        being_copied = "demo/checkpoints/000002/step_000000001/weights"
+        remote.objects.create(being_copied, b"half a checkpoint")
+        save(run, 1, "late")
+        with Mirror(run, held, 2, LOG):
+            pass
+    assert being_copied in remote.objects.keys("demo/checkpoints/000002/")
 
 
 def test_what_was_copied_before_there_were_leases_counts_until_someone_else_copies(
