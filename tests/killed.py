@@ -234,6 +234,8 @@ def left_behind(place: Place) -> list[str]:
         if "stages" not in name.parts and LEFT.fullmatch(path.name) and not _of_probe(path):
             found.append(str(name))
     committed = [m.parent for m in place.home.rglob(MANIFEST)]
+    # The newest object of a lease stays: no epoch is used twice.
+    committed += sorted((place.home / "target/killed/lease").glob("*.json"))[-1:]
     for root in ("ditty/store", "ditty/runs/killed/checkpoints", "target"):
         for path in (place.home / root).rglob("*"):
             owned = any(path.is_relative_to(c) for c in committed)
