@@ -6,7 +6,8 @@
 Whoever creates the next epoch's first object has the name; the server lets one win. To renew it is
 to create the next object of the same epoch. Clocks decide when a lease may be taken over, and
 nothing else: a holder that was asleep meanwhile writes below its own epoch, and a checkpoint counts
-only where the newest epoch has made it, or has found it when it began.
+only where the newest epoch has made it, or has found it when it began. A result needs no fence: its
+name is its content key. Nor does a promotion: its number is one.
 """
 
 import json
@@ -20,10 +21,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Annotated
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
-from ditty.errors import ArtifactDamaged, DittyError, RunBusy
+from ditty.errors import ArtifactDamaged, DittyError, RunBusy, cut
 from ditty.files import GLANCE_SECONDS, FileLock, make_dir, read_json, write_json
 from ditty.remote import Remote
 from ditty.rundir import RunDir
@@ -35,6 +37,9 @@ _CLAIM = re.compile(r"(\d{6,})-(\d{6,})\.json")
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
 LEAVING_SECONDS = 5.0  # to give it back; otherwise it runs out by itself
+
+
+Seconds = Annotated[float, Field(ge=0, lt=1e11)]  # since 1970, for some thousand years
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Claim:
     renewal: int
     holder: str
     where: str
-    since: float
-    until: float
+    since: Seconds
+    until: Seconds
     checkpoints: tuple[str, ...]
 
     def counts(self, name: str) -> bool:
@@ -239,8 +244,9 @@ def _bytes(claim: Claim) -> bytes:
 
 def _busy(remote: Remote, run_name: str, claim: Claim) -> RunBusy:
     return RunBusy(
-        f"run {run_name} at {remote.url} is held by {claim.where} since {_utc(claim.since)}, until "
-        f"{_utc(claim.until)} unless it renews that, which it does while it is alive. Stop it, "
+        f"run {run_name} at {remote.url} is held by {cut(claim.where, 300)} since "
+        f"{_utc(claim.since)}, until {_utc(claim.until)} unless it renews that, which it does while "
+        "it is alive. Stop it, "
         "choose another name, or run this again after that time to go on from its checkpoints"
     )
 
@@ -249,8 +255,8 @@ def _lost(remote: Remote, run_name: str) -> RunBusy:
     claim = newest(remote, run_name)
     assert claim is not None, "there is a newer epoch"
     return RunBusy(
-        f"run {run_name} at {remote.url} was taken over by {claim.where} at {_utc(claim.since)}, "
-        "since its lease was not renewed from here in time (was this machine asleep, or cut off?). "
+        f"run {run_name} at {remote.url} was taken over by {cut(claim.where, 300)} at "
+        f"{_utc(claim.since)}, since its lease was not renewed from here in time (was this machine asleep, or cut off?). "
         "What is trained here since then counts nowhere: leave it to that run, or stop that one "
         "and run this again"
     )

@@ -134,7 +134,15 @@ def test_a_lost_reply_is_no_lost_race(proxy: FaultProxy, bucket: object) -> None
     assert newest(held.remote, "demo") == held.claim and held.claim.renewal == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"epoch": 1}', "\xff"])
+GOOD = {
+    "epoch": 1, "renewal": 0, "holder": "x", "where": "y", "since": 1, "until": 2, "checkpoints": []
+}  # fmt: skip
+BAD = ({"until": "never"}, {"until": 1e300}, {"epoch": 2}, {"checkpoints": [1]})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "\xff", "[" * 9999, *(json.dumps(GOOD | bad) for bad in BAD)]
+)
 def test_a_lease_that_is_none_is_not_taken_for_a_free_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "demo/lease").mkdir(parents=True)
     (tmp_path / "demo/lease/000001-000000.json").write_text(text, "latin-1")
