@@ -243,22 +243,22 @@ def _bytes(claim: Claim) -> bytes:
 
 
 def _busy(remote: Remote, run_name: str, claim: Claim) -> RunBusy:
+    since, until = _utc(claim.since), _utc(claim.until)
     return RunBusy(
-        f"run {run_name} at {remote.url} is held by {cut(claim.where, 300)} since "
-        f"{_utc(claim.since)}, until {_utc(claim.until)} unless it renews that, which it does while "
-        "it is alive. Stop it, "
-        "choose another name, or run this again after that time to go on from its checkpoints"
+        f"run {run_name} at {remote.url} is held by {cut(claim.where, 300)} since {since}, until "
+        f"{until} unless it renews that, which it does while it is alive. Stop it, choose another "
+        "name, or run this again after that time to go on from its checkpoints"
     )
 
 
 def _lost(remote: Remote, run_name: str) -> RunBusy:
     claim = newest(remote, run_name)
     assert claim is not None, "there is a newer epoch"
+    where, since = cut(claim.where, 300), _utc(claim.since)
     return RunBusy(
-        f"run {run_name} at {remote.url} was taken over by {cut(claim.where, 300)} at "
-        f"{_utc(claim.since)}, since its lease was not renewed from here in time (was this machine asleep, or cut off?). "
-        "What is trained here since then counts nowhere: leave it to that run, or stop that one "
-        "and run this again"
+        f"run {run_name} at {remote.url} was taken over by {where} at {since}, since its lease was "
+        "not renewed from here in time (was this machine asleep, or cut off?). What is trained "
+        "here since then counts nowhere: leave it to that run, or stop that one and run this again"
     )
 
 
