@@ -187,7 +187,8 @@ def test_one_process_gives_the_bits_of_two(root, results, model):
 def test_all_ranks_skip_the_same_steps_and_go_on_from_the_same_weights(root, results, sharding):
     one, several = results["skip-none"], results[f"skip-{sharding}"]
     assert several["world_size"] == 2 and len(several["losses"]) == 12
-    assert several["skipped"] == one["skipped"] and min(one["skipped"]) < max(one["skipped"]) < 12
+    assert several["skipped"] == one["skipped"]
+    assert len(one["skipped"]) > 1 and one["skipped"][0] < 10, "steps were taken after a skip"
     assert several["losses"] == one["losses"]
     assert same_weights(root, f"skip-{sharding}", "skip-none")
 
