@@ -17,6 +17,7 @@ DeepSpeed's ranges.
 
 import json
 import logging
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -107,7 +108,7 @@ class Checkpointer:
     def _failed(self, step: int, problem: str) -> StoreError:
         return StoreError(
             f"the checkpoint of step {step} was not written: {problem}. "
-            "The one before it stays; free space, and run again to resume from it"
+            "The one before it stays; set that right, and run again to resume from it"
         )
 
     def _commit(
@@ -115,7 +116,7 @@ class Checkpointer:
     ) -> None:
         """The thread: write this process's part, and let rank 0 commit when all have."""
         try:
-            problem = self._write(staging, files, state)
+            problem = _non_finite(files["shard"]) or self._write(staging, files, state)
             problems = [p for p in self.aside.gather(problem) if p]
             if not problems and self.world.main:
                 try:
@@ -300,6 +301,21 @@ def shard_tensors(parallel: Parallel) -> dict[str, torch.Tensor]:
             name = piece_name(f"{kind}/{key}/{part.name}", part.start)
             tensors[name] = _copy(torch.as_tensor(value), flat=kind != "block")
     return tensors
+
+
+def _non_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """What is wrong with weights or optimizer state that are not finite: no run goes on from there.
+
+    A step with a finite loss and finite gradients may make them so.
+    """
+    for name, tensor in tensors.items():
+        # In fp64 a sum of finite fp32 values is finite, and takes no second copy of them.
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64)):
+            return (
+                f"{name} is not finite: lower train.learning_rate, with another name, or look at "
+                "the data of the steps before"
+            )
+    return None
 
 
 def _copy(value: torch.Tensor, *, flat: bool = True) -> torch.Tensor:

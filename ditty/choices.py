@@ -158,6 +158,18 @@ class Optimizer(StrEnum):
     MUON = "muon"
 
 
+class OnAnomaly(StrEnum):
+    """What becomes of a step whose loss or gradients are out of the ordinary.
+
+    `warn`: it is taken, and told. `skip`: it is not taken, the next one is. `stop`: the run ends
+    before anything of it is kept.
+    """
+
+    WARN = "warn"
+    SKIP = "skip"
+    STOP = "stop"
+
+
 class FinalWeights(StrEnum):
     """Which weights are the result: those after the last step, or those of the best evaluation."""
 

@@ -35,6 +35,11 @@ class Feed(Protocol):
         """This rank's micro batches of step `start`, `start` + 1, and so on without end."""
         ...
 
+    def samples(self, step: int) -> dict[str, list[int]]:
+        """What that step takes on all ranks, for people: numbers, under the name of what they
+        count."""
+        ...
+
 
 class PackedFeed:
     """Packed rows in a `SampleOrder`; any step is reached at once.
@@ -63,6 +68,11 @@ class PackedFeed:
         while True:
             group = islice(micro_batches, self.split.gradient_accumulation_steps)
             yield [collate([self.rows[i] for i in indices]) for indices in group]
+
+    def samples(self, step: int) -> dict[str, list[int]]:
+        """See `Feed`: numbers of packed rows, from 0."""
+        size = self.order.global_batch_size
+        return {"packed_rows": list(islice(self.order.samples(step * size), size))}
 
 
 def packed_feed(rows: Any, train: TrainSpec, world: World) -> PackedFeed:
@@ -133,3 +143,8 @@ class LoaderFeed:
         while True:
             group = list(islice(batches, a_step))
             yield [flatten(b) for b in group[self.world.rank :: self.world.world_size]]
+
+    def samples(self, step: int) -> dict[str, list[int]]:
+        """See `Feed`: numbers of batches in the endless sequence, from 0."""
+        a_step = self.accumulation * self.world.world_size
+        return {"batches": list(range(step * a_step, (step + 1) * a_step))}

@@ -81,7 +81,7 @@ class Folder:
         self.root = root
 
     def prepare(self) -> None:
-        """Create the folder, and remove what probes that were killed left in it."""
+        """Create the folder, and remove what creates that were killed left in it."""
         with self._explained("create"):
             self.root.mkdir(parents=True, exist_ok=True)
             for path in self.root.glob(f"{STAGING}*"):
@@ -101,7 +101,7 @@ class Folder:
         """Write a file that does not exist yet: link(2) is exclusive and shows whole files only."""
         with self._explained(f"create {key} in"):
             path = self._parent_of(key)
-            temporary = path.with_name(f"{STAGING}{uuid.uuid4().hex}")
+            temporary = self.root / f"{STAGING}{uuid.uuid4().hex}"  # where `prepare` looks
             try:
                 write_new(temporary, data, path)
                 link(temporary, path)

@@ -85,6 +85,8 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
     device = resolve_device(spec.launch)
     processes = spec.launch.world_size
     chosen, why = fitted(spec, line.model_dir)
+    if spec.train.skips:
+        why = ["each step waits for its numbers, which may skip it", *why]
     strategy = "; ".join([Strategy.of(chosen).describe(), *why])
     found = expected_memory(chosen, line.model_dir)
     memory = found.describe() if found else ""

@@ -8,6 +8,7 @@ from ditty.choices import Quantization
 from ditty.environment import child_environment
 from ditty.errors import RunMismatch, SpecError, StoreError, cut
 from ditty.files import make_dir, read_json
+from ditty.identity import GUARD_KEYS
 from ditty.remote import Remote
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec, TrainSpec
@@ -95,6 +96,7 @@ def check_run(spec: RunSpec, store: Store) -> None:
 def spec_differences(saved: dict, now: dict) -> list[str]:
     """Keys that decide the trained weights and differ between two specs (as JSON)."""
     harmless = {("train", key) for key in stages.HARMLESS_TRAIN_KEYS}
+    harmless |= {("train", key) for key in GUARD_KEYS}  # the checkpoint itself knows better
     harmless |= {("data", "num_proc"), ("data", "max_bad_fraction")}
     if not _evaluation_decides(now):
         harmless.add(("train", "eval_steps"))

@@ -1,13 +1,17 @@
 """A step's numbers, read from the device when they are there: nothing waits for them meanwhile.
 
 A process that reads a number from its GPU waits until the GPU is done, and then the GPU waits for
-the process. So the trainer launches a step, and reads the numbers of the one before.
+the process. So the trainer launches a step, and reads the numbers of the one before
+(`waits_for_numbers` says where it does not).
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+
+from ditty.choices import Precision
+from ditty.spec import TrainSpec
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class Readout:
         total, squared = self._sums.tolist()
         norm = (math.sqrt(squared) if squared >= 0 else math.nan) / self._scale
         return total / max(self.work.supervised, 1), norm
+
+
+def waits_for_numbers(train: TrainSpec, device: torch.device) -> bool:
+    """Whether a step's numbers are seen before it is taken, rather than a step later.
+
+    Where that costs nothing, and where a skip, fp16's loss scale or gradients on the host need it.
+    """
+    on_host = device.type == "cpu" or train.cpu_offload
+    return on_host or train.skips or train.precision is Precision.FP16
 
 
 def clip_factor(squared: torch.Tensor, max_norm: float, scale: float) -> torch.Tensor:

@@ -3,9 +3,10 @@
     <url>/<name>/<files of the directory>      any order
     <url>/<name>/manifest.json                 last, by exclusive create: it alone commits
 
-A name is `<run>/checkpoints/step_000000200` or `<run>/final/<key>`: content-addressed or
+A name is `<run>/checkpoints/000001/step_000000200` or `<run>/final/<key>`: content-addressed or
 step-numbered, so that it never gets a second content. Without its manifest it does not exist.
-Two writers of one run are kept apart by the run's lock; here the slower one gets an error.
+Two writers of one run are kept apart by the run's lock and its lease (ditty.lease); here the slower
+one gets an error.
 """
 
 import json
@@ -68,6 +69,11 @@ class Remote:
         self.url = url.rstrip("/")
         self._patience = patience or Patience()
         self._objects = _open(self.url, self._patience)
+
+    @property
+    def objects(self) -> Objects:
+        """The place itself, for what is no committed directory (leases)."""
+        return self._objects
 
     def check(self) -> None:
         """Write, list, read back and delete a probe: all that a run will need, before it starts.

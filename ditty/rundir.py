@@ -11,6 +11,7 @@ runs/<name>/
   trained.json                   content key and spec of the newest finished training
   stop                           the flow asks: checkpoint, then exit
   lock                           held by the training process
+  lease, lease.json              a lock of whoever holds the name at the target, and its id there
   flow                           a lock that the flows of the run share, from start to end
 """
 
@@ -75,6 +76,8 @@ class RunDir:
         self.trained_file = root / "trained.json"
         self.stop_file = root / "stop"
         self.flow_lock = root / "flow"
+        self.lease_lock = root / "lease"
+        self.lease_file = root / "lease.json"
         self._training_lock = root / "lock"
         self.checkpoints = root / "checkpoints"
 

@@ -16,6 +16,7 @@ from ditty.choices import (
     Attention,
     Device,
     FinalWeights,
+    OnAnomaly,
     Optimizer,
     Precision,
     Quantization,
@@ -113,6 +114,18 @@ class TrainSpec(Section):
     """AdamW's term against division by zero."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of a larger L2 norm are scaled down to it."""
+    on_non_finite: Literal[OnAnomaly.SKIP, OnAnomaly.STOP] = OnAnomaly.STOP
+    """A step whose loss or gradients are not finite: `stop` the run or `skip` the step. It is told
+    with its rows, and nothing of it is ever kept. With a `skip`, here or below, each step waits for
+    its numbers, which on GPUs costs some speed."""
+    on_spike: OnAnomaly = OnAnomaly.WARN
+    """A step whose loss or gradient norm is far above those of the steps before: `warn` in the log
+    and the metrics, with its rows, `skip` it, or `stop` before anything of it is kept."""
+    spike_threshold: float = Field(default=6.0, gt=0)
+    """From how many robust standard deviations (1.4826 x MAD) above the median it is a spike."""
+    spike_window: int = Field(default=128, ge=8)
+    """Steps before it that it is compared with; while there are less than half, nothing is a
+    spike."""
     precision: Precision = Precision.BF16
     """`bf16` on GPUs, `fp16` on those before Ampere (with a loss scale that adapts); `fp32` for
     exact comparisons and on CPUs without bf16 units."""
@@ -158,6 +171,11 @@ class TrainSpec(Section):
     def micro_batch(self) -> int:
         """`micro_batch_size` as a number: `auto` is 1 until it is resolved (ditty.fit)."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step may be left out once its numbers are seen."""
+        return OnAnomaly.SKIP in (self.on_non_finite, self.on_spike)
 
     @property
     def evaluation_decides(self) -> bool:

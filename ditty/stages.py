@@ -13,7 +13,7 @@ from typing import Any
 
 from ditty import basemodel, evaltasks, functions, quarantine, sources
 from ditty.artifacts import Manifest, Store, read_manifest
-from ditty.choices import OperationMethod, Precision, Quantization
+from ditty.choices import OnAnomaly, OperationMethod, Precision, Quantization
 from ditty.dataspec import Operation
 from ditty.errors import DataError
 from ditty.files import canonical_json, sha256_bytes
@@ -316,7 +316,7 @@ def base_dtype(spec: RunSpec) -> str:
 
 def training_identity(spec: RunSpec, model_key: str, pack_key: str) -> dict[str, Any]:
     """All that decides the trained weights: a checkpoint resumes only under the same identity."""
-    train = spec.train.model_dump(mode="json", exclude=HARMLESS_TRAIN_KEYS)
+    train = spec.train.model_dump(mode="json", exclude=HARMLESS_TRAIN_KEYS | _idle_guards(spec))
     if not spec.train.evaluation_decides:
         del train["eval_steps"]
     excluded = {"base_model", "revision"} | ({"quantization"} if prequantizes(spec) else set())
@@ -329,6 +329,16 @@ def training_identity(spec: RunSpec, model_key: str, pack_key: str) -> dict[str,
         "adapter": model,
         "global_batch_size": spec.global_batch_size,
     }
+
+
+def _idle_guards(spec: RunSpec) -> set[str]:
+    """The keys of the guards that leave the weights as they are: all that skip nothing."""
+    idle = set()
+    if spec.train.on_spike is not OnAnomaly.SKIP:
+        idle |= {"on_spike", "spike_threshold", "spike_window"}
+    if spec.train.on_non_finite is not OnAnomaly.SKIP:
+        idle.add("on_non_finite")
+    return idle
 
 
 def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Manifest:

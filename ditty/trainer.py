@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from ditty.anomaly import StepGuard
 from ditty.attention import check_isolation
 from ditty.batches import Batch, fill_up, supervised_tokens, to_device
 from ditty.checkpoint import Checkpointer
-from ditty.choices import FinalWeights
+from ditty.choices import FinalWeights, OnAnomaly
 from ditty.compiled import are_compiled, as_it_stands, compile_blocks
 from ditty.errors import LESS_MEMORY, OutOfMemory, RunError, SpecError
 from ditty.evaluate import HeldOut, autocast, complete, held_out_loss
@@ -21,7 +22,7 @@ from ditty.loss import token_loss_sum
 from ditty.optim import check_schedule, learning_rate
 from ditty.parallel import LossScale, make_parallel, scale_gradients, squared_norm
 from ditty.progress import Progress
-from ditty.readout import Readout, Work, clip_factor
+from ditty.readout import Readout, Work, clip_factor, waits_for_numbers
 from ditty.recompute import choose_recomputed, recompute_blocks
 from ditty.rng import choose_kernels, seed_all, without_fixed_order
 from ditty.rundir import RunDir, append_record
@@ -106,10 +107,8 @@ class Trainer:
         self.isolated = False  # not yet seen that documents of a batch leave each other alone
         self.progress = Progress()
         self.loss_scale = LossScale.of(train.precision)
-        # Before a step is taken, its numbers are seen: where that costs nothing, and where the
-        # loss scale or gradients on the host ask for it. Elsewhere they are read a step later.
-        on_host = self.world.device.type == "cpu" or train.cpu_offload
-        self.waits = on_host or self.loss_scale.adapts
+        self.guard = StepGuard(train)
+        self.waits = waits_for_numbers(train, self.world.device)
         self.unread: Readout | None = None
         self.clock = 0.0  # when the numbers of the step before were there
         self.checkpointer = Checkpointer(
@@ -123,8 +122,9 @@ class Trainer:
         end. Where `train.final_weights` is `best`, those are the weights at the end.
 
         Raises:
-            RunError: loss or gradients are not finite; the state before that step stays. Or the
-                best weights are wanted, and there are none. Or an operation has no kernel that
+            RunError: loss or gradients of a step are not finite, or far above those before, and
+                the spec says `stop`; the state before that step stays. Or the best weights are
+                wanted, and there are none. Or an operation has no kernel that
                 `train.deterministic` allows.
             OutOfMemory: says where the memory was to go.
             StoreError, ArtifactDamaged, RunMismatch: see Checkpointer.
@@ -137,6 +137,7 @@ class Trainer:
         if step:
             self.progress = Progress(**state["progress"])
             self.loss_scale = LossScale(**state["loss_scale"])
+            self.guard.resume(state.get("guard"), step)
             self._find_best()
         log.info("training from step %d to %d", step, self.total_steps)
         try:
@@ -267,16 +268,17 @@ class Trainer:
         self.unread = readout
 
     def _update(self, readout: Readout, factor: torch.Tensor) -> None:
-        """Take the step once its numbers are seen, or none where fp16 overflowed."""
+        """Take the step once its numbers are seen; none where fp16 overflowed or the guard says
+        so."""
         loss, norm = readout.read()
         overflowed = self.loss_scale.adapts and not math.isfinite(norm) and math.isfinite(loss)
-        if not overflowed:
-            self._check_finite(readout.work, loss, norm)
+        skips = overflowed or self._judge(readout.work, loss, norm) is OnAnomaly.SKIP
         self.loss_scale.update(overflowed)
         if overflowed:
             log.warning(
                 "step %d skipped: loss scale now %g", readout.work.step, self.loss_scale.scale
             )
+        if skips:
             self.parallel.skip()
         else:
             scale_gradients(self.parallel, factor)
@@ -287,21 +289,33 @@ class Trainer:
         """Read and record the numbers of the step that was launched last, if that is not done.
 
         Raises:
-            RunError: they are not finite. Whatever is kept is kept after this.
+            RunError: the guard stops the run. Whatever is kept is kept after this.
         """
         readout, self.unread = self.unread, None
         if readout is not None:
             loss, norm = readout.read()
-            self._check_finite(readout.work, loss, norm)
+            action = self._judge(readout.work, loss, norm)
+            assert action is not OnAnomaly.SKIP, "too late to skip it: see waits_for_numbers"
             self._record(readout.work, loss, norm)
 
-    def _check_finite(self, work: Work, loss: float, norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunError(
-                f"step {work.step}: loss {loss}, gradient norm {norm}. Nothing of it was kept: "
-                "lower train.learning_rate (with another name), or look at the rows of this step; "
-                "a rerun resumes before it"
-            )
+    def _judge(self, work: Work, loss: float, norm: float) -> OnAnomaly | None:
+        """What becomes of a step that is out of the ordinary, which is told; None: it is not.
+
+        Raises:
+            RunError: the run stops.
+        """
+        found = self.guard.judge(loss, norm)
+        if found is None:
+            return None
+        samples = self.feed.samples(work.step - 1)
+        if self.world.main:
+            about = {"step": work.step, "time": time.time()}
+            append_record(self.run.metrics_file, found.record() | samples | about)
+        if found.action is OnAnomaly.STOP:
+            raise RunError(found.told(work.step, samples))
+        if self.world.main:
+            log.warning("%s", found.told(work.step, samples))
+        return found.action
 
     def _record(self, work: Work, loss: float, norm: float) -> None:
         now = time.perf_counter()
@@ -334,6 +348,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "best_step": self.progress.best_step,
             "loss_scale": asdict(self.loss_scale),
+            "guard": self.guard.state(),
         }
         started = time.perf_counter()
         self.checkpointer.save(step, self.parallel, state)

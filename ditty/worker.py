@@ -7,6 +7,7 @@ STAGE is `fetch` (convert a GGUF or .bin files), `prequantize`, `train`, `evalua
 
 import dataclasses
 import logging
+import math
 import os
 import sys
 import time
@@ -278,7 +279,7 @@ def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str
         "base_model": job.spec.model.base_model,
         "steps": outcome.step,
         "eval": [{k: r[k] for k in ("step", "loss")} for r in records if r["kind"] == "eval"],
-        "loss": next((r["loss"] for r in reversed(records) if r["kind"] == "train"), None),
+        "loss": next((r["loss"] for r in reversed(records) if _has_loss(r)), None),
         "ends": learned_ends(read_rows(job.data_dir / "train.arrow")),
     }
     if job.spec.train.final_weights is FinalWeights.BEST:
@@ -286,6 +287,11 @@ def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str
     with Store(job.home).commit("train", job.key, facts) as out:
         save_trained(module, weights, job.spec.model.base_model, out)
         _save_tokenizer(job, out)
+
+
+def _has_loss(record: dict[str, Any]) -> bool:
+    """Whether it is of a step with a finite loss: one without may have been skipped."""
+    return bool(record["kind"] == "train" and math.isfinite(record["loss"]))
 
 
 def _save_tokenizer(job: Job, out: Path) -> None:

@@ -236,7 +236,11 @@ class Zero3:
         self.engine.step()
 
     def skip(self) -> None:
-        raise AssertionError("no loss scale, no overflow: fp16 is refused with ZeRO-3")
+        # What DeepSpeed does after an overflow, without counting one; and the micro batch is over.
+        self.zero._partition_all_parameters()
+        self.zero._overflow_clean_up(prev_scale=1.0)
+        self.engine.set_gradient_accumulation_boundary(False)
+        self.engine.step()
 
     def rest(self) -> None:
         return

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ditty.artifacts import Store, staging_dir
+from ditty.artifacts import Store, read_manifest, staging_dir
 from ditty.errors import ArtifactDamaged, DittyError, StoreError
 from ditty.files import GLANCE_SECONDS, fsync_path, remove_tree, rename
 from ditty.identity import check_identity
+from ditty.lease import Lease, counting, epoch_of, newest
 from ditty.remote import Remote, final_name
 from ditty.rundir import STEP_NAME, RunDir, best_step, step_name
 
@@ -26,15 +27,19 @@ LEAVING_SECONDS = 8.0  # for the last copy when a signal ends the run: 30 s are 
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
 
-def remote_name(run_name: str, step: int) -> str:
-    """Where the checkpoint of `step` stands below the target's url."""
-    return f"{run_name}/checkpoints/{step_name(step)}"
+def remote_checkpoints(remote: Remote, run_name: str) -> dict[int, str]:
+    """Names of the run's committed checkpoints at the target that count, by step, ascending.
+
+    Of two of one step, that of the newer epoch.
+    """
+    names = counting(remote, run_name, newest(remote, run_name))
+    found = {step: name for name in names if (step := _step(name)) is not None}
+    return dict(sorted(found.items()))
 
 
-def remote_steps(remote: Remote, run_name: str) -> list[int]:
-    """Steps with a committed checkpoint at the target, ascending."""
-    names = [n.rpartition("/")[2] for n in remote.names(f"{run_name}/checkpoints")]
-    return sorted(int(match[1]) for n in names if (match := STEP_NAME.fullmatch(n)))
+def _step(name: str) -> int | None:
+    match = STEP_NAME.fullmatch(name.rpartition("/")[2])
+    return int(match[1]) if match else None
 
 
 def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logger) -> int | None:
@@ -52,7 +57,8 @@ def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logg
         StoreError: no room here.
     """
     local = run.committed_steps()
-    newer = [s for s in remote_steps(remote, run.root.name) if not local or s > local[-1]]
+    there = remote_checkpoints(remote, run.root.name)
+    newer = [step for step in there if not local or step > local[-1]]
     lock = run.training_lock()
     if not newer or not lock.acquire(GLANCE_SECONDS):
         return None
@@ -60,7 +66,7 @@ def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logg
         problem: ArtifactDamaged | None = None
         for step in reversed(newer):
             try:
-                _fetch(run, remote, step, identity)
+                _fetch(run, remote, there, step, identity)
             except ArtifactDamaged as error:
                 log.warning("%s; an older checkpoint is used", error)
                 problem = error
@@ -74,19 +80,20 @@ def fetch_newer(run: RunDir, remote: Remote, identity: dict[str, Any], log: Logg
     return None
 
 
-def _fetch(run: RunDir, remote: Remote, step: int, identity: dict[str, Any]) -> None:
+def _fetch(
+    run: RunDir, remote: Remote, there: dict[int, str], step: int, identity: dict[str, Any]
+) -> None:
     """Commit the checkpoint of `step` here, after the best one that it knows of.
 
     It waits in a staging directory, since its content tells which one that is.
     """
-    there = remote_steps(remote, run.root.name)
     staging = staging_dir(run.checkpoint(step))
     waiting = staging / step_name(step)
     try:
-        _get(remote, remote_name(run.root.name, step), waiting, identity)
+        _get(remote, there[step], waiting, identity)
         best = best_step(waiting)
         if best is not None and best != step and best in there:
-            _get(remote, remote_name(run.root.name, best), run.checkpoint(best), identity)
+            _get(remote, there[best], run.checkpoint(best), identity)
         rename(waiting, run.checkpoint(step))
         fsync_path(run.checkpoints)
     except OSError as error:
@@ -128,16 +135,18 @@ def have_result(store: Store, url: str | None, run_name: str, key: str, log: Log
 
 
 class Mirror:
-    """Within its block, a thread copies each newest committed checkpoint to the target.
+    """Within its block, a thread copies each newest committed checkpoint to the lease's target.
 
     Args:
+        lease: of the run's name; nothing is copied once it is lost.
         keep: checkpoints that stay at the target, besides the best ones that they know of; older
             ones go after a newer one is committed.
         log: safe to use from a thread.
     """
 
-    def __init__(self, run: RunDir, remote: Remote, keep: int, log: Logger):
-        self.run, self.remote, self.keep, self.log = run, remote, keep, log
+    def __init__(self, run: RunDir, lease: Lease, keep: int, log: Logger):
+        self.run, self.lease, self.keep, self.log = run, lease, keep, log
+        self.remote = lease.remote
         self._stop = threading.Event()
         # A run logger of Prefect's finds its API through context variables.
         context = contextvars.copy_context()
@@ -169,12 +178,13 @@ class Mirror:
         steps = self.run.committed_steps()
         if not steps or steps[-1] == self._copied:
             return True
-        step, run_name = steps[-1], self.run.root.name
+        step = steps[-1]
         try:
+            self.lease.check()
             best = best_step(self.run.checkpoint(step))
-            there = remote_steps(self.remote, run_name)
+            there = remote_checkpoints(self.remote, self.run.root.name)
             for step in (s for s in steps if s == steps[-1] or (s == best and s not in there)):
-                self.remote.put(self.run.checkpoint(step), remote_name(run_name, step))
+                self.remote.put(self.run.checkpoint(step), self._name(step, there))
                 self.log.info("checkpoint of step %d copied to %s", step, self.remote.url)
             self._copied = step
             self._retire(best)
@@ -182,23 +192,32 @@ class Mirror:
             if step not in self.run.committed_steps():
                 # A newer one took its place while it was copied: no error, but half a copy.
                 with suppress(DittyError, OSError):
-                    self.remote.delete(remote_name(run_name, step))
+                    self.remote.delete(self.lease.checkpoint_name(step_name(step)))
                 return self._copy_newest()
             self.log.warning("checkpoint of step %d was not copied: %s", step, error)
             return False
         return True
 
+    def _name(self, step: int, there: dict[int, str]) -> str:
+        """Where this very checkpoint is already, under whatever epoch, or where it is to be."""
+        manifest = self.remote.manifest(there[step]) if step in there else None
+        if manifest and manifest.digest == read_manifest(self.run.checkpoint(step)).digest:
+            return there[step]
+        return self.lease.checkpoint_name(step_name(step))
+
     def _retire(self, best: int | None) -> None:
         """Remove the oldest beyond `keep`; `best` is that of the newest, which may be gone here.
 
-        And what is left of one whose removal was cut short.
+        And what does not count, and what is left of a removal that was cut short. What a newer
+        epoch makes, should we have lost the name just now, is let alone.
         """
         run_name = self.run.root.name
-        steps = remote_steps(self.remote, run_name)
-        spared = {best, *(best_step(self.run.checkpoint(step)) for step in steps[-self.keep :])}
-        for step in steps[: -self.keep]:
-            if step not in spared:
-                self.remote.delete(remote_name(run_name, step))
-        for name in self.remote.unfinished(f"{run_name}/checkpoints"):
-            if name < remote_name(run_name, steps[0]):
+        there = remote_checkpoints(self.remote, run_name)
+        kept = list(there)[-self.keep :]
+        spared = {best, *kept, *(best_step(self.run.checkpoint(step)) for step in kept)}
+        stay = {name for step, name in there.items() if step in spared}
+        below = f"{run_name}/checkpoints"
+        for name in (*self.remote.names(below), *self.remote.unfinished(below)):
+            of_ours = _step(name) is not None and epoch_of(name) <= self.lease.claim.epoch
+            if of_ours and name not in stay:
                 self.remote.delete(name)

@@ -19,6 +19,7 @@ from ditty.environment import resolve_device
 from ditty.errors import Crashed
 from ditty.files import read_json, write_json
 from ditty.fit import fitted
+from ditty.lease import Lease, hold
 from ditty.remote import Remote
 from ditty.rundir import CRASH_FILE, RunDir
 from ditty.spec import RunSpec
@@ -93,12 +94,12 @@ def run_attempt(ref: StageRef, work: Work) -> None:
             work.store, Remote(spec.upload.url), spec.name, ref.key, log
         ):
             return
-        if spec.upload.url and spec.upload.checkpoints:
-            remote = Remote(spec.upload.url)
-            fetch_newer(run, remote, ref.inputs, log)
-            stack.enter_context(Mirror(run, remote, spec.train.keep_checkpoints, log))
+        lease = _held(work, stack)
+        if lease and spec.upload.checkpoints:
+            fetch_newer(run, lease.remote, ref.inputs, log)
+            stack.enter_context(Mirror(run, lease, spec.train.keep_checkpoints, log))
         attempt = run.new_attempt("train")
-        reporter = Reporter(ref.title, work, attempt, log)
+        reporter = Reporter(ref.title, work, attempt, log, lease)
         stack.enter_context(reporter.in_background())
         try:
             result = launch.run_stage(
@@ -114,6 +115,12 @@ def run_attempt(ref: StageRef, work: Work) -> None:
         except Crashed as error:
             judge_crash(error, attempt, run)
             raise
+
+
+def _held(work: Work, stack: ExitStack) -> Lease | None:
+    """The run's name at its target, held until `stack` ends; None: no target, or not by us."""
+    url = work.spec.upload.url
+    return stack.enter_context(hold(work.run, Remote(url))) if url else None
 
 
 def judge_crash(error: Crashed, attempt: Path, run: RunDir) -> None:
@@ -144,8 +151,10 @@ def retry_delays(spec: RunSpec) -> list[float]:
 class Reporter:
     """Turns what a training process leaves in files into logs, events, progress and a report."""
 
-    def __init__(self, title: str, work: Work, attempt: Path, log: Logger):
-        self.title, self.run, self.log = title, work.run, log
+    def __init__(
+        self, title: str, work: Work, attempt: Path, log: Logger, lease: Lease | None = None
+    ):
+        self.title, self.run, self.log, self.lease = title, work.run, log, lease
         self.report = LiveReport(self.run, work.data_dir, work.spec.upload.url, log)
         self.state = "training"
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds a step
@@ -165,10 +174,13 @@ class Reporter:
 
         Raises:
             CancelRequested: see there.
+            RunBusy: the run's name was taken over: what is trained here counts nowhere.
             Crashed: a rank hangs.
         """
         if self.cancelled:
             raise self.cancelled
+        if self.lease and self.lease.lost:
+            raise self.lease.lost
         try:
             self.stall.check()
         except Crashed as error:

@@ -113,14 +113,18 @@ def train(place: Place) -> None:
 
 def copy(place: Place) -> None:
     """Checkpoint and result to the target, and from there to another machine."""
-    from flows.mirror import Mirror, fetch_newer, fetch_result, remote_name
+    from ditty.lease import hold
+    from flows.mirror import Mirror, fetch_newer, fetch_result
 
     remote, ref = Remote(place.url), place.line().need("train")
     remote.check()
     if not remote.names():
-        remote.put(place.run.checkpoint(STEPS - 1), remote_name("killed", STEPS - 1))
-    with Mirror(place.run, remote, 1, log):
-        pass  # it copies the newest before it leaves, and removes the older one
+        older = place.run.checkpoint(STEPS - 1)
+        remote.put(older, f"killed/checkpoints/{older.name}")
+    with hold(place.run, remote) as lease:
+        assert lease is not None
+        with Mirror(place.run, lease, 1, log):
+            pass  # it copies the newest before it leaves, and removes the older one
     remote.put(place.store.path(ref.stage, ref.key), final_name("killed", ref.key))
     other = Place(place.inputs, place.home / "other")
     fetch_newer(other.run, remote, ref.inputs, log)
@@ -170,7 +174,7 @@ def _worker(place: Place, stage: str, model_dir: Path) -> None:
 def outcome(place: Place) -> dict[str, Any]:
     """All that must not depend on a kill: files, losses, learning rates, rows of each step."""
     found: dict[str, Any] = {
-        str(path.relative_to(place.home)): sha256_file(path)
+        _whoever(str(path.relative_to(place.home))): sha256_file(path)
         for path in sorted(place.home.rglob("*"))
         if path.is_file() and _counts(path.relative_to(place.home))
     }
@@ -180,12 +184,17 @@ def outcome(place: Place) -> dict[str, Any]:
         of = f"{record['kind']} {record['step']}"
         found[of] = [record["loss"].hex(), record.get("learning_rate", 0.0).hex()]
     if place.url.startswith("s3:"):
-        keys = Remote(place.url)._objects.keys("")
-        found["target"] = [key for key in keys if not key.startswith(PROBE)]
+        keys = [_whoever(key) for key in Remote(place.url).objects.keys("")]
+        found["target"] = [key for key in keys if not key.startswith((PROBE, "killed/lease/"))]
     for step, rank, rows in _rows_of_steps(place):
         name = f"rows of step {step}, rank {rank}"
         assert found.setdefault(name, rows) == rows, f"{name}: others than before"
     return found
+
+
+def _whoever(path: str) -> str:
+    """The path of a copy without the epoch of whoever made it: each start has another."""
+    return re.sub(r"/checkpoints/\d{6}/", "/checkpoints/", path)
 
 
 def _counts(path: Path) -> bool:
@@ -225,6 +234,8 @@ def left_behind(place: Place) -> list[str]:
         if "stages" not in name.parts and LEFT.fullmatch(path.name) and not _of_probe(path):
             found.append(str(name))
     committed = [m.parent for m in place.home.rglob(MANIFEST)]
+    # The newest object of a lease stays: no epoch is used twice.
+    committed += sorted((place.home / "target/killed/lease").glob("*.json"))[-1:]
     for root in ("ditty/store", "ditty/runs/killed/checkpoints", "target"):
         for path in (place.home / root).rglob("*"):
             owned = any(path.is_relative_to(c) for c in committed)

@@ -251,6 +251,7 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
         "samples": list(run_dir.samples()),
         "rates": [r["learning_rate"].hex() for r in steps],
         "norms": [r["grad_norm"] for r in steps],
+        "skipped": [r["step"] for r in records if r.get("action") == "skip"],
         "tokens_per_second": steps[-1]["tokens_per_second"] if steps else None,
         "memory_bytes": max((r["memory_bytes"] for r in steps), default=None),
         "rows": _merged(world.gather(feed.seen)),
@@ -366,6 +367,9 @@ class Spy:
 
     def total_steps(self, train: Any) -> int:
         return self.feed.total_steps(train)
+
+    def samples(self, step: int) -> Any:
+        return self.feed.samples(step)
 
     def steps(self, start: int) -> Any:
         from ditty.batches import collate

@@ -82,6 +82,14 @@ def test_a_good_spec_passes_and_its_plan_turns_cached(tmp_path, no_process):
     assert "after tokenize" in changed.stages[2].why
 
 
+def test_a_plan_says_that_a_step_which_may_be_skipped_waits(tmp_path):
+    said = [
+        make_plan(make_spec(tmp_path, train__on_spike=action), Store()).strategy
+        for action in ("stop", "skip")
+    ]
+    assert ["each step waits for its numbers" in text for text in said] == [False, True]
+
+
 def test_a_plan_says_where_the_memory_of_a_gpu_goes(tmp_path, monkeypatch):
     assert make_plan(make_spec(tmp_path), Store()).memory == ""
     for module in ("plan", "fit"):

@@ -4,7 +4,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 
 from ditty.artifacts import commit_dir, verify
 from ditty.errors import ArtifactDamaged, RemoteError, RunMismatch
+from ditty.lease import hold
 from ditty.remote import Remote
 from ditty.rundir import RunDir
 from flows import mirror
-from flows.mirror import Mirror, fetch_newer, remote_steps
+from flows.mirror import Mirror, fetch_newer, remote_checkpoints
 
 LOG = logging.getLogger("test")
 IDENTITY = {"data": "rows", "model": "base"}
@@ -39,6 +41,24 @@ def run(home: Path) -> RunDir:
     return RunDir.named("demo", home)
 
 
+def remote_steps(remote: Remote, name: str) -> list[int]:
+    return list(remote_checkpoints(remote, name))
+
+
+def remote_name(step: int, epoch: int | None = None) -> str:
+    """Without an epoch: as a ditty without leases has copied it."""
+    folder = "" if epoch is None else f"{epoch:06d}/"
+    return f"demo/checkpoints/{folder}step_{step:09d}"
+
+
+@contextmanager
+def mirrored(run: RunDir, remote: Remote) -> Iterator[Mirror]:
+    with hold(run, remote) as lease:
+        assert lease is not None
+        with Mirror(run, lease, 2, LOG) as mirror:
+            yield mirror
+
+
 def save(
     run: RunDir, step: int, identity: dict[str, Any] = IDENTITY, best: int | None = None
 ) -> None:
@@ -57,7 +77,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_new_checkpoints_are_copied_and_old_ones_retired(run: RunDir, remote: Remote) -> None:
-    with Mirror(run, remote, 2, LOG):
+    with mirrored(run, remote):
         for step in (1, 2, 3):
             save(run, step)
             wait_for(lambda s=step: s in remote_steps(remote, "demo"))  # type: ignore[misc]
@@ -65,7 +85,7 @@ def test_new_checkpoints_are_copied_and_old_ones_retired(run: RunDir, remote: Re
 
 
 def test_the_last_checkpoint_is_copied_before_the_block_ends(run: RunDir, remote: Remote) -> None:
-    with Mirror(run, remote, 2, LOG):
+    with mirrored(run, remote):
         save(run, 7)
     assert remote_steps(remote, "demo") == [7]
 
@@ -82,7 +102,7 @@ def test_a_failing_target_is_tried_again_and_disturbs_nobody(
         return put(directory, name)
 
     monkeypatch.setattr(remote, "put", flaky)
-    with Mirror(run, remote, 2, LOG):
+    with mirrored(run, remote):
         save(run, 1)
         wait_for(lambda: remote_steps(remote, "demo") == [1])
     assert len(failures) == 3
@@ -106,16 +126,16 @@ def test_a_checkpoint_retired_while_it_is_copied_leaves_no_half(
 
     monkeypatch.setattr(remote, "put", retired)
     save(run, 1)
-    with Mirror(run, remote, 2, LOG):
+    with mirrored(run, remote):
         pass
     assert remote_steps(remote, "demo") == [2]
-    assert remote._objects.keys("demo/checkpoints/step_000000001/") == []
+    assert remote.objects.keys(remote_name(1, 1)) == []
 
 
 def test_another_machine_gets_the_newest(run: RunDir, remote: Remote, tmp_path: Path) -> None:
     for step in (1, 2):
         save(run, step)
-        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+        remote.put(run.checkpoint(step), remote_name(step))
     other = RunDir.named("demo", tmp_path / "other")
     assert fetch_newer(other, remote, IDENTITY, LOG) == 2
     assert other.committed_steps() == [2]
@@ -125,7 +145,7 @@ def test_another_machine_gets_the_newest(run: RunDir, remote: Remote, tmp_path: 
 
 def test_a_local_checkpoint_that_is_newer_stays_alone(run: RunDir, remote: Remote) -> None:
     save(run, 1)
-    remote.put(run.checkpoint(1), mirror.remote_name("demo", 1))
+    remote.put(run.checkpoint(1), remote_name(1))
     save(run, 2)
     assert fetch_newer(run, remote, IDENTITY, LOG) is None
     assert run.committed_steps() == [1, 2]
@@ -133,9 +153,7 @@ def test_a_local_checkpoint_that_is_newer_stays_alone(run: RunDir, remote: Remot
 
 def damage(remote: Remote, step: int) -> None:
     folder = Path(remote.url.removeprefix("file://"))
-    (folder / mirror.remote_name("demo", step) / "weights").write_text(
-        f"weights of step {step + 1}"
-    )
+    (folder / remote_name(step) / "weights").write_text(f"weights of step {step + 1}")
 
 
 def test_a_damaged_one_gives_way_to_the_one_before(
@@ -143,7 +161,7 @@ def test_a_damaged_one_gives_way_to_the_one_before(
 ) -> None:
     for step in (1, 2):
         save(run, step)
-        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+        remote.put(run.checkpoint(step), remote_name(step))
     other = RunDir.named("demo", tmp_path / "other")
     damage(remote, 2)
     assert fetch_newer(other, remote, IDENTITY, LOG) == 1
@@ -159,7 +177,7 @@ def test_a_checkpoint_of_another_spec_is_refused(
     run: RunDir, remote: Remote, tmp_path: Path
 ) -> None:
     save(run, 1, {**IDENTITY, "data": "other rows"})
-    remote.put(run.checkpoint(1), mirror.remote_name("demo", 1))
+    remote.put(run.checkpoint(1), remote_name(1))
     other = RunDir.named("demo", tmp_path / "other")
     with pytest.raises(RunMismatch, match="data was 'other rows', now 'rows'"):
         fetch_newer(other, remote, IDENTITY, LOG)
@@ -180,7 +198,7 @@ def test_nothing_is_written_beside_a_training_process(
     run: RunDir, remote: Remote, tmp_path: Path
 ) -> None:
     save(run, 1)
-    remote.put(run.checkpoint(1), mirror.remote_name("demo", 1))
+    remote.put(run.checkpoint(1), remote_name(1))
     other = RunDir.named("demo", tmp_path / "other")
     lock = other.training_lock()
     assert lock.acquire(0)
@@ -191,7 +209,7 @@ def test_nothing_is_written_beside_a_training_process(
 
 @pytest.mark.parametrize("best", [0, 1])
 def test_the_best_one_stays_until_there_is_a_better(run: RunDir, remote: Remote, best: int) -> None:
-    with Mirror(run, remote, 2, LOG):
+    with mirrored(run, remote):
         for step in (best, 2, 3, 4, 5):
             save(run, step, best=best)
             wait_for(lambda s=step: s in remote_steps(remote, "demo"))  # type: ignore[misc]
@@ -218,13 +236,13 @@ def test_the_best_one_stays_although_the_newest_goes_while_it_is_copied(
     monkeypatch.setattr(remote, "delete", lambda name: (deleted.append(name), delete(name)))
     for step in (1, 2, 3):
         save(run, step, best=1)
-        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+        remote.put(run.checkpoint(step), remote_name(step))
     for step in (2, 3):
         shutil.rmtree(run.checkpoint(step))
     save(run, 4, best=1)
-    with Mirror(run, remote, 2, LOG):
+    with mirrored(run, remote):
         wait_for(lambda: 2 not in remote_steps(remote, "demo"))
-    assert deleted == [mirror.remote_name("demo", 2)]
+    assert deleted == [remote_name(2)]
 
 
 def test_a_best_one_that_was_passed_over_is_copied_before_the_newest(
@@ -234,13 +252,13 @@ def test_a_best_one_that_was_passed_over_is_copied_before_the_newest(
     monkeypatch.setattr(remote, "put", lambda d, n: (names.append(n), put(d, n))[1])
     for step in (1, 2, 3):
         save(run, step, best=1)
-    with Mirror(run, remote, 2, LOG):
+    with mirrored(run, remote):
         pass
     assert remote_steps(remote, "demo") == [1, 3]
     save(run, 4, best=1)
-    with Mirror(run, remote, 2, LOG):
+    with mirrored(run, remote):
         pass
-    assert names == [mirror.remote_name("demo", step) for step in (1, 3, 4)]
+    assert names == [remote_name(step, epoch) for step, epoch in ((1, 1), (3, 1), (4, 2))]
 
 
 def test_a_best_step_without_a_checkpoint_changes_nothing(
@@ -248,7 +266,7 @@ def test_a_best_step_without_a_checkpoint_changes_nothing(
 ) -> None:
     save(run, 2, best=0)
     save(run, 3, best=1)
-    with Mirror(run, remote, 2, LOG):
+    with mirrored(run, remote):
         pass
     assert remote_steps(remote, "demo") == [3]
     other = RunDir.named("demo", tmp_path / "other")
@@ -261,7 +279,7 @@ def test_another_machine_gets_the_best_one_before_the_newest(
 ) -> None:
     for step in (1, 2, 3):
         save(run, step, best=1)
-        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+        remote.put(run.checkpoint(step), remote_name(step))
     other = RunDir.named("demo", tmp_path / "other")
     get, seen = remote.get, []
 
@@ -285,7 +303,7 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_passed_over(
 ) -> None:
     for step, best in ((1, 1), (2, 2), (3, 2)):
         save(run, step, best=best)
-        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+        remote.put(run.checkpoint(step), remote_name(step))
     damage(remote, 2)
     other = RunDir.named("demo", tmp_path / "other")
     assert fetch_newer(other, remote, IDENTITY, LOG) == 1
@@ -296,7 +314,7 @@ def test_a_best_one_of_another_spec_is_refused(run: RunDir, remote: Remote, tmp_
     save(run, 1, {**IDENTITY, "data": "other rows"}, best=1)
     save(run, 2, best=1)
     for step in (1, 2):
-        remote.put(run.checkpoint(step), mirror.remote_name("demo", step))
+        remote.put(run.checkpoint(step), remote_name(step))
     other = RunDir.named("demo", tmp_path / "other")
     with pytest.raises(RunMismatch, match="data was 'other rows', now 'rows'"):
         fetch_newer(other, remote, IDENTITY, LOG)

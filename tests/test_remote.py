@@ -208,7 +208,7 @@ def test_foreign_objects_are_no_names(outside: Outside) -> None:
 
 
 def test_one_of_many_creates_wins(outside: Outside) -> None:
-    objects = Remote(outside.url, QUICK)._objects
+    objects = Remote(outside.url, QUICK).objects
     objects.prepare()
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda n: objects.create("run/lease", b"%d" % n), range(8)))

@@ -42,6 +42,8 @@ SHARDED = ("fsdp2", "zero3")
 # What says the same again of another strategy is left to the slow tests.
 KILLED = {"ddp": (FULL,), "zero3": (LORA,), "fsdp2": (QLORA,)}
 CHANGED = ("fsdp2",)
+SKIPPING = ("none", "ddp", "zero3")
+SLOW_SKIPPING = ("fsdp2",)
 SLOW_KILLED = {"fsdp2": (LORA,)}
 SLOW_CHANGED = ("ddp", "zero3")
 EXPORTED = ("qlora-fsdp2", "full-zero3", "lora-zero3")
@@ -68,10 +70,11 @@ def results(root, request):
     """All trainings, in the order in which some build on others."""
     jobs = [*_loaded(root), *_same_numbers(root), *_killed(root, KILLED)]
     jobs += [scenario(root, "worlds-reference", "ddp", PLAIN), *_switched(root)]
-    jobs += _changed_worlds(root, CHANGED)
+    jobs += [*_changed_worlds(root, CHANGED), *_skipping(root, SKIPPING)]
     ours = (item for item in request.session.items if item.module is request.module)
     if any(item.get_closest_marker("slow") for item in ours):
         jobs += [*_killed(root, SLOW_KILLED), *_changed_worlds(root, SLOW_CHANGED)]
+        jobs += _skipping(root, SLOW_SKIPPING)
     found = scenarios.launch(root / "job", jobs)
     return {name.replace(" ", "-"): result for name, result in found.items()}
 
@@ -112,6 +115,14 @@ def _exported(root, name):
     if name not in EXPORTED:
         return {}
     return {"save": str(root / f"{name}-saved"), "logits": str(root / f"{name}-logits")}
+
+
+def _skipping(root, which):
+    """A low threshold: what is usual is a spike by it."""
+    skip = {"max_steps": 12, "on_spike": "skip", "spike_threshold": 0.7, "spike_window": 8}
+    for sharding in which:
+        processes = 1 if sharding == "none" else 2
+        yield scenario(root, f"skip-{sharding}", sharding, PLAIN, processes, train=skip)
 
 
 def _killed(root, which):
@@ -210,6 +221,18 @@ def test_one_process_gives_the_bits_of_two(root, results, model):
     """With accumulation on the two (full), and without."""
     assert results[f"{model}-none"]["losses"] == results[f"{model}-ddp"]["losses"]
     assert same_weights(root, f"{model}-none", f"{model}-ddp")
+
+
+@pytest.mark.parametrize(
+    "sharding", ["ddp", "zero3", pytest.param("fsdp2", marks=pytest.mark.slow)]
+)
+def test_all_ranks_skip_the_same_steps_and_go_on_from_the_same_weights(root, results, sharding):
+    one, several = results["skip-none"], results[f"skip-{sharding}"]
+    assert several["world_size"] == 2 and len(several["losses"]) == 12
+    assert several["skipped"] == one["skipped"]
+    assert len(one["skipped"]) > 1 and one["skipped"][0] < 10, "steps were taken after a skip"
+    assert several["losses"] == one["losses"]
+    assert same_weights(root, f"skip-{sharding}", "skip-none")
 
 
 def test_hybrid_gives_the_bits_of_fsdp2(root, results):

@@ -80,8 +80,11 @@ def run_trainer(
     return trainer, outcome, [r for r in run.metrics() if r["kind"] == "train"]
 
 
-def plain_loop(folder, rows, train: TrainSpec, adapter: str):
-    """The reference: what a careful person would write without ditty, one document at a time."""
+def plain_loop(folder, rows, train: TrainSpec, adapter: str, takes=lambda losses, norms: True):
+    """The reference: what a careful person would write without ditty, one document at a time.
+
+    `takes`: whether a step is taken, by all losses and norms up to its own.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter == "lora":
         model = add_adapter(model, ModelSpec(base_model=""), train.seed)
@@ -112,10 +115,11 @@ def plain_loop(folder, rows, train: TrainSpec, adapter: str):
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(params, train.max_grad_norm)))
         rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        losses.append(loss.item())
+        if takes(losses, norms):
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
     return losses, norms, rates
 
 

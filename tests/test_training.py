@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 from prefect import flow
 
+from ditty import lease
 from ditty.artifacts import Store, commit_dir
-from ditty.errors import Crashed, DittyError, OutOfMemory, Preempted, SpecError
+from ditty.errors import Crashed, DittyError, OutOfMemory, Preempted, RunBusy, SpecError
+from ditty.lease import take
 from ditty.remote import Remote
 from ditty.rundir import Result, RunDir, Status, append_record
 from ditty.spec import RunSpec
 from ditty.stages import StageRef
 from flows import cancel, tasks, training
-from flows.mirror import remote_steps
+from flows.mirror import remote_checkpoints
 from flows.progress import Event, EventState, listen
 from flows.training import Work
 
@@ -176,7 +178,7 @@ def test_checkpoints_go_to_the_target_and_come_back(
     trainings.spec = Trainings(trainings.store.home, url).spec
     with pytest.raises(Preempted):
         trainings.go(saved_then(3, STOPPED))
-    assert remote_steps(Remote(url), "demo") == [3]
+    assert list(remote_checkpoints(Remote(url), "demo")) == [3]
 
     def resumed(other: Trainings) -> Result:
         assert other.run.committed_steps() == [3]
@@ -185,6 +187,43 @@ def test_checkpoints_go_to_the_target_and_come_back(
     other = Trainings(tmp_path / "another machine", url)
     monkeypatch.setattr(training.launch, "run_stage", lambda *a, **k: other.run_stage(*a, **k))
     other.go(resumed)
+
+
+def test_a_run_that_another_machine_has_is_not_begun(trainings: Trainings, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/target"
+    Remote(url).check()
+    other = take(Remote(url), "demo", "other", "/home/other")
+    trainings.spec = Trainings(trainings.store.home, url, retries=1).spec
+    with pytest.raises(RunBusy, match="/home/other"):
+        trainings.go()
+    other.renew(seconds=0.0)
+    trainings.go(OK)
+    assert [a.name for a in trainings.attempts] == ["0001"], "the loser began something"
+
+
+def test_a_training_ends_when_its_name_is_taken_over(
+    trainings: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"file://{tmp_path}/target"
+    Remote(url).check()
+    trainings.spec = Trainings(trainings.store.home, url, retries=0).spec
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.0)  # as if it had slept for a minute
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+
+    def robbed(trainings: Trainings) -> Result:
+        trainings.check()
+        monkeypatch.setattr(lease, "LEASE_SECONDS", 60.0)
+        take(Remote(url), "demo", "other", "/home/other")
+        trainings.save(3)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            trainings.check()
+            time.sleep(0.02)
+        return OK
+
+    with pytest.raises(RunBusy, match="was taken over by .*/home/other"):
+        trainings.go(robbed)
+    assert Remote(url).names() == []
 
 
 @pytest.fixture
