@@ -350,9 +350,8 @@ def serve(path: Path) -> None:
 
 
 def launch(path: Path, inputs: Path, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each turn {point: what happened}, from a process that imports once; see `Turn`."""
-    job = {"inputs": str(inputs), "turns": turns}
-    path.write_text(json.dumps(job))
+    """For each turn {point: what happened}, from a process of tests/warm.py; see `Turn`."""
+    path.write_text(json.dumps({"inputs": str(inputs), "turns": turns}))
     printed = warm.run(serve, path, environment={**os.environ, **warm.CPU_ONLY})
     told: list[dict[str, Any]] | None = read_json(path.with_suffix(".told"))
     assert told is not None, printed[-6000:]

@@ -51,6 +51,7 @@ def run(
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
+        process.join()
     return output.read_text()
 
 
@@ -93,7 +94,7 @@ class Worker:
     """A forked `ditty.worker` in the place of the process below a guard that a launch starts.
 
     For tests whose point is what a stage makes. That a launch starts a fresh one, and how it ends:
-    test_launch.py, test_finetune.py, test_kills.py.
+    test_stage_launch.py, test_distributed.py, test_kills.py.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]):
