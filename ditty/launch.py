@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -78,13 +78,7 @@ def run_stage(
     """
     attempt = attempt.absolute()
     assert read_result(attempt) is None, f"{attempt} is not fresh, and its result would count"
-    arguments = [stage, str(attempt)]
-    if distributed:
-        argv = accelerate_command(launch, attempt, arguments)
-    else:
-        alone = {"num_processes": 1, "num_machines": 1, "machine_rank": None}
-        launch = launch.model_copy(update=alone)
-        argv = [sys.executable, "-m", WORKER_MODULE, *arguments]
+    argv, launch = _worker_command(stage, attempt, launch, distributed)
     env = child_environment(launch)
     write_json(attempt / "job.json", job)
     write_json(attempt / "launch.json", _describe(argv, env, launch))
@@ -94,16 +88,20 @@ def run_stage(
         recent.append(line)
         on_line(line)
 
-    log_path = attempt / "log.txt"
-    code = run_guarded(
-        argv,
-        log_path=log_path,
-        env=env,
-        grace=launch.grace_seconds,
-        on_line=remember,
-        check=check,
-    )
+    log_path, grace = attempt / "log.txt", launch.grace_seconds
+    code = run_guarded(argv, log_path=log_path, env=env, grace=grace, on_line=remember, check=check)
     return read_result(attempt) or _crashed(stage, code, log_path, recent)
+
+
+def _worker_command(
+    stage: str, attempt: Path, launch: LaunchSpec, distributed: bool
+) -> tuple[list[str], LaunchSpec]:
+    """The command, and the launch that it stands for."""
+    arguments = [stage, str(attempt)]
+    if distributed:
+        return accelerate_command(launch, attempt, arguments), launch
+    alone = {"num_processes": 1, "num_machines": 1, "machine_rank": None}
+    return [sys.executable, "-m", WORKER_MODULE, *arguments], launch.model_copy(update=alone)
 
 
 def raise_for_result(result: Result) -> None:
@@ -154,26 +152,10 @@ def run_guarded(
         RunError: this is not Linux.
         whatever `on_line` and `check` raise.
     """
-    if not sys.platform.startswith("linux"):
-        raise RunError(
-            f"ditty starts stages on Linux only, this is {sys.platform}: "
-            "elsewhere nothing can make sure that no process outlives a run"
-        )
+    _check_platform()
     # Whatever happens here, leaving the block closes our end of the pipe, and that stops the guard.
-    with (
-        open(log_path, "ab") as output,
-        LineTail(log_path, at_end=True) as tail,
-        _Pipe() as pipe,
-    ):
-        guard = subprocess.Popen(
-            [sys.executable, "-m", "ditty.guard", str(pipe.reader), f"{grace:g}", *command],
-            env=dict(env),
-            pass_fds=(pipe.reader,),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in a terminal is for us alone: we stop it in order
-        )
+    with open(log_path, "ab") as output, LineTail(log_path, at_end=True) as tail, _Pipe() as pipe:
+        guard = _start_guard(command, pipe, output, env, grace)
         try:
             _follow(guard, tail, on_line, check)
         except BaseException:
@@ -184,6 +166,32 @@ def run_guarded(
             raise
     code: int = guard.returncode
     return code if code >= 0 else 128 - code
+
+
+def _check_platform() -> None:
+    if not sys.platform.startswith("linux"):
+        raise RunError(
+            f"ditty starts stages on Linux only, this is {sys.platform}: "
+            "elsewhere nothing can make sure that no process outlives a run"
+        )
+
+
+def _start_guard(
+    command: Sequence[str],
+    pipe: "_Pipe",
+    output: BinaryIO,
+    env: Mapping[str, str],
+    grace: float,
+) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "ditty.guard", str(pipe.reader), f"{grace:g}", *command],
+        env=dict(env),
+        pass_fds=(pipe.reader,),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C in a terminal is for us alone: we stop it in order
+    )
 
 
 def _follow(

@@ -54,29 +54,31 @@ def quantize(
         ModelError: the model cannot be quantized.
         DittyError: what else stopped it.
     """
-    spec, store = _spec(model, to, precision, revision), Store()
+    spec = _spec(model, to, precision, revision)
+    return framed(Caller.of(spec, Store()), lambda call: _made(call, out))
 
-    def body(call: Caller) -> dict[str, Any]:
-        preflight.check_store(store)
-        preflight.check_places()
-        url = checked_place(out)
-        base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
-        assert base.model_dir is not None, "the base model was fetched"
-        basemodel.check_folder(base.model_dir, quantize=True)
-        run = RunDir.named(spec.name, store.home)
-        with locked(run.flow_lock, shared=True):
-            path, _ = line.base_model(call, base)
-        if url is not None:
-            copy_to(call, base.need("prequantize"), url)
-        manifest = read_manifest(path)
-        return {
-            "path": str(path),
-            "out": url,
-            "digest": manifest.digest,
-            "bytes": manifest.facts["bytes"],
-        }
 
-    return framed(Caller.of(spec, store), body)
+def _made(call: Caller, out: str | None) -> dict[str, Any]:
+    """What `quantize` returns, once it is so."""
+    spec, store = call.spec, call.store
+    preflight.check_store(store)
+    preflight.check_places()
+    url = checked_place(out)
+    base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
+    assert base.model_dir is not None, "the base model was fetched"
+    basemodel.check_folder(base.model_dir, quantize=True)
+    run = RunDir.named(spec.name, store.home)
+    with locked(run.flow_lock, shared=True):
+        path, _ = line.base_model(call, base)
+    if url is not None:
+        copy_to(call, base.need("prequantize"), url)
+    manifest = read_manifest(path)
+    return {
+        "path": str(path),
+        "out": url,
+        "digest": manifest.digest,
+        "bytes": manifest.facts["bytes"],
+    }
 
 
 def _spec(model: str, to: Quantization, precision: Precision, revision: str | None) -> RunSpec:

@@ -48,3 +48,11 @@ def prefect_api() -> Iterator[str]:
     while is_healthy(url):
         assert time.monotonic() < end, f"{url} outlives its last user"
         time.sleep(0.1)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that this process launches run in forks of one that has imported torch."""
+    from tests import warm
+
+    warm.instead_of_launching(monkeypatch)

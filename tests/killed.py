@@ -1,25 +1,19 @@
 """Work that is killed at each fail point in turn, and then done again, after one import.
 
-    python -m tests.killed FILE
-
 A work is what one process does between two states of a home: the data stages, quantizing,
 training, copying to a target and back. For each, an undisturbed process writes down the points that
 it passes; then, from the same start, one process after the other dies at one of them, and another
 one follows.
 """
 
-import gc
 import json
 import logging
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +25,8 @@ from ditty.files import locked, read_json, sha256_file, write_json
 from ditty.remote import PROBE, Remote, final_name
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
-from tests.scenarios import ROOT, Spy, free_port
+from tests import warm
+from tests.scenarios import Spy, free_port
 
 STEPS = 3  # keep_checkpoints + 1: the last save removes the first
 LEFT = re.compile(r"\.(tmp|part|bad)-.*|\..*\.tmp")
@@ -251,46 +246,38 @@ def _of_probe(path: Path) -> bool:
 def ends(work: str, place: Place, environment: dict[str, str], rank: int = 0) -> dict[int, int]:
     """Do `work` in processes of its own, `rank` in a special environment; exit codes by rank.
 
-    As `os.waitstatus_to_exitcode` has them: -9 is SIGKILL. After the first failure there are no
-    more: the other processes are ended, as a launcher ends them.
+    -9 is SIGKILL. After the first failure there are no more: the other processes are ended, as a
+    launcher ends them.
     """
     if work in ("quantize", "train"):
         place.run.new_attempt({"quantize": "prequantize"}.get(work, work))
-    children, port = {}, free_port()
+    children: dict[int, tuple[int, Any]] = {}
+    port = free_port()
     for number in range(place.ranks):
         mine = {"DITTY_HOME": str(place.store.home)} | (environment if number == rank else {})
         if place.ranks > 1:
             names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": place.ranks}
             mine |= {k: str(v) for k, v in (names | {"MASTER_PORT": port}).items()}
             mine["MASTER_ADDR"] = "127.0.0.1"
-        children[_fork(work, place, mine)] = number
+        child = warm.FORK.Process(target=_do, args=(work, place, mine))
+        child.start()
+        children[child.sentinel] = (number, child)
     codes: dict[int, int] = {}
     while children:
-        child, status = os.wait()
-        number = children.pop(child)
-        if not any(codes.values()):
-            codes[number] = os.waitstatus_to_exitcode(status)
-            if codes[number]:
-                for other in children:
-                    os.kill(other, signal.SIGKILL)
+        for ended in wait(list(children)):
+            number, child = children.pop(ended)
+            child.join()
+            if not any(codes.values()):
+                codes[number] = child.exitcode
+                if child.exitcode:
+                    for _, other in children.values():
+                        other.kill()
     return codes
 
 
-def _fork(work: str, place: Place, environment: dict[str, str]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.environ.update(environment)
-        WORKS[work](place)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _do(work: str, place: Place, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    WORKS[work](place)
 
 
 class Turn:
@@ -363,17 +350,6 @@ class Turn:
 
 def serve(path: Path) -> None:
     """Do what the job in `path` says; the answers go beside it."""
-    import datasets  # noqa: F401  (imported once, before the forks)
-    import peft  # noqa: F401
-    import s3fs  # noqa: F401
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    import ditty.load
-    import ditty.trainer  # noqa: F401
-    import flows.mirror  # noqa: F401
-
-    get_checkpoint_conversion_mapping("llama")
-    gc.freeze()
     job = json.loads(path.read_text())
     start = path.with_name("start")
     start.mkdir()
@@ -385,29 +361,9 @@ def serve(path: Path) -> None:
 
 
 def launch(path: Path, inputs: Path, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each turn {point: what happened}, from a process that imports once; see `Turn`."""
-    job = {"inputs": str(inputs), "turns": turns}
-    path.write_text(json.dumps(job))
-    variables = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    output = path.with_suffix(".output")
-    with open(output, "wb") as file:
-        code = subprocess.call(
-            [sys.executable, "-m", "tests.killed", str(path)],
-            cwd=ROOT,
-            env={**os.environ, **variables},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+    """For each turn {point: what happened}, from a process of tests/warm.py; see `Turn`."""
+    path.write_text(json.dumps({"inputs": str(inputs), "turns": turns}))
+    printed = warm.run(serve, path, environment={**os.environ, **warm.CPU_ONLY})
     told: list[dict[str, Any]] | None = read_json(path.with_suffix(".told"))
-    assert code == 0 and told is not None, output.read_text()[-6000:]
+    assert told is not None, printed[-6000:]
     return told
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))

@@ -1,19 +1,13 @@
 """Many small trainings after one import: each in forked processes of its own, which may be killed.
 
-Importing torch, transformers and DeepSpeed takes longer than a tiny training. So one process
-imports them, and forks the ranks of one scenario after the other; a rank is a process like any
-other: it joins a world, trains, and ends, or dies by SIGKILL where the scenario says so.
-
-    python -m tests.scenarios FILE
+A process of tests/warm.py forks the ranks of one scenario after the other; a rank is a process like
+any other: it joins a world, trains, and ends, or dies by SIGKILL where the scenario says so.
 """
 
-import gc
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import traceback
 from itertools import count, groupby, islice
@@ -22,7 +16,7 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parent.parent
+from tests import warm
 
 
 def job(
@@ -53,34 +47,17 @@ def launch(path: Path, scenarios: list[dict[str, Any]], device: str = "cpu") -> 
     on all ranks), signals (that end the ranks; 0: none).
     """
     path.write_text(json.dumps({"device": device, "scenarios": scenarios}))
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-    }
-    if device == "cpu":
-        variables |= {
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-        }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.scenarios", str(path)],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60 + 60 * len(scenarios),
+    on_cpu = device == "cpu"
+    more = warm.CPU_ONLY if on_cpu else {"HF_HUB_OFFLINE": "1"}
+    context = warm.SERVER if on_cpu else warm.SPAWN  # CUDA does not survive a fork
+    seconds = 60 + 60 * len(scenarios)
+    printed = warm.run(
+        serve, path, environment={**os.environ, **more}, seconds=seconds, context=context
     )
     found = {s["name"]: _read(path, s["name"]) for s in scenarios}
-    if device == "cuda":  # one that failed must not hide what the others measured
-        print(
-            _without_noise(done.stdout)[-4000:]
-            if any("losses" not in f for f in found.values())
-            else ""
-        )
+    if not on_cpu:  # one that failed must not hide what the others measured
+        failed = any("losses" not in f for f in found.values())
+        print(_without_noise(printed)[-4000:] if failed else "")
         return found
     for scenario in scenarios:
         result = found[scenario["name"]]
@@ -89,10 +66,10 @@ def launch(path: Path, scenarios: list[dict[str, Any]], device: str = "cpu") -> 
             signals = [int(signal.SIGKILL)] * scenario["processes"]
         if signals:
             expected = {"signals": signals}
-            assert result == expected, f"{scenario['name']}: {result}\n{done.stdout[-4000:]}"
+            assert result == expected, f"{scenario['name']}: {result}\n{printed[-4000:]}"
             continue
         wanted = "errors" if scenario.get("error") else "losses"
-        assert wanted in result, f"{scenario['name']}: {result}\n{done.stdout[-6000:]}"
+        assert wanted in result, f"{scenario['name']}: {result}\n{printed[-6000:]}"
         assert result["world_size"] == scenario["processes"]
     return found
 
@@ -107,26 +84,20 @@ def serve(path: Path) -> None:
     job = json.loads(path.read_text())
     scenarios, device = job["scenarios"], job["device"]
     if device == "cpu":
-        import datasets  # noqa: F401  (imported once, before the forks)
-        import deepspeed  # noqa: F401
-        import peft  # noqa: F401
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-        import ditty.load
-        import ditty.trainer
-        import ditty.zero  # noqa: F401
-
-        # What each rank would otherwise do again: a thousand regular expressions, and garbage
-        # collection (DeepSpeed asks for it) over all that the imports made.
-        get_checkpoint_conversion_mapping("llama")
-        gc.freeze()
         together = [[scenario] for scenario in scenarios]
-    else:  # CUDA does not survive a fork: ranks import for themselves, and do several scenarios
+    else:  # ranks import for themselves, and do several scenarios
         together = [list(g) for _, g in groupby(scenarios, lambda s: s["processes"])]
     for several in together:
         port, size = free_port(), several[0]["processes"]
-        ranks = [_fork(path, several, device, (r, size, port)) for r in range(size)]
-        signals = [os.WTERMSIG(status) for status in (os.waitpid(r, 0)[1] for r in ranks)]
+        ranks = [
+            warm.FORK.Process(target=_rank, args=(path, several, device, (rank, size, port)))
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        signals = [max(0, -(process.exitcode or 0)) for process in ranks]
         if any(signals):
             Path(f"{path}.{several[-1]['name']}.json").write_text(json.dumps({"signals": signals}))
 
@@ -137,32 +108,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _fork(path: Path, several: list[dict[str, Any]], device: str, who: tuple[int, int, int]) -> int:
-    child = os.fork()
-    if child:
-        return child
+def _rank(
+    path: Path, several: list[dict[str, Any]], device: str, who: tuple[int, int, int]
+) -> None:
+    from ditty.world import join_world, leave_world
+
     rank, size, port = who
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({k: str(v) for k, v in numbers.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    code = 1
-    try:
-        from ditty.world import join_world, leave_world
-
-        world = join_world(device, size, 60.0)
-        for scenario in several:
-            result = _run_or_explain(scenario, world, device)
-            if world.main:
-                Path(f"{path}.{scenario['name']}.json").write_text(json.dumps(result))
-            _free_gpu(device)
-        leave_world()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    world = join_world(device, size, 60.0)
+    for scenario in several:
+        result = _run_or_explain(scenario, world, device)
+        if world.main:
+            Path(f"{path}.{scenario['name']}.json").write_text(json.dumps(result))
+        _free_gpu(device)
+    leave_world()
 
 
 def _run_or_explain(scenario: dict[str, Any], world: Any, device: str) -> dict[str, Any]:
@@ -383,7 +344,3 @@ class Spy:
             group = list(islice(micro_batches, self.feed.split.gradient_accumulation_steps))
             self.seen[step] = [int(i) for indices in group for i in indices]
             yield [collate([self.feed.rows[i] for i in indices]) for indices in group]
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))

@@ -7,11 +7,12 @@ from ditty.benchmark import LEAST_STEPS, bench_spec, run_bench
 from ditty.errors import SpecError
 from ditty.shapes import SHAPES
 from flows.cli import app
+from tests import warm
 
 SMALL = ["data.seq_len=64", f"train.max_steps={LEAST_STEPS}", "train.precision=fp32"]
 
 
-def test_two_processes_train_on_weights_that_are_drawn_once(tmp_path):
+def test_two_processes_train_on_weights_that_are_drawn_once(tmp_path, monkeypatch):
     options = {"shape": "tiny", "longest": None, "by": "ditty"}
     lines: list[str] = []
     spec = bench_spec([*SMALL, "launch.num_processes=2", "launch.device=cpu"])
@@ -22,12 +23,14 @@ def test_two_processes_train_on_weights_that_are_drawn_once(tmp_path):
     assert [p.name for p in (tmp_path / "bench").iterdir()] == ["tiny"]  # no attempt, no run left
 
     lines.clear()
+    warm.instead_of_launching(monkeypatch)
     nf4 = bench_spec([*SMALL, "model.quantization=nf4", "launch.device=cpu"])
     run_bench(nf4, options | {"longest": 128}, tmp_path, lines.append)
     assert not any("drawing" in line for line in lines)
     assert (tmp_path / "bench" / "tiny-nf4" / "config.json").exists()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_beside_trl(tmp_path, monkeypatch):
     monkeypatch.setenv("DITTY_HOME", str(tmp_path))
     sets = [part for key in [*SMALL, "launch.device=cpu"] for part in ("--set", key)]

@@ -160,6 +160,7 @@ def test_the_key_of_a_merge() -> None:
     assert stages.export_ref(first, "file:///x").key != stages.export_ref(first, "file:///y").key
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefect_api: str) -> None:
     """An adapter of an nf4 base, merged into fp32: what it is beside the unquantized base."""
     values = tiny_spec(tmp_path, "mine", 4)

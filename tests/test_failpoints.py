@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import killed
-from tests.killed import ROOT
+from tests.processes import ROOT
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.tiny import make_model_folder
 

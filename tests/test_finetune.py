@@ -45,6 +45,7 @@ def states(spec: RunSpec) -> dict[str, EventState]:
     return {event.stage: event.state for event in events}
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) -> None:
     run = RunDir.named("demo", home)
     child = start_flow(spec, home, prefect_api)

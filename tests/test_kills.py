@@ -19,6 +19,7 @@ from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from flows.finetune import finetune
 from flows.progress import Event, EventState, listen
+from tests import warm
 from tests.processes import kill_when, start_flow
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.tiny import make_model_folder
@@ -84,6 +85,7 @@ def oracle(place: Path, prefect_api: str, tmp_path_factory: pytest.TempPathFacto
     home = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITTY_HOME", str(home))
+        warm.instead_of_launching(patch)
         run_here(make_spec(place, f"file://{home}/target"))
     return adapter_hash(home)
 
@@ -109,6 +111,7 @@ def moments(home: Path, target: Path) -> dict[str, Callable[[], bool]]:
     }
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_killed_at_five_moments_ends_like_an_undisturbed_run(
     place: Path, oracle: str, home: Path, tmp_path: Path, prefect_api: str
 ) -> None:
@@ -133,6 +136,7 @@ def test_killed_at_five_moments_ends_like_an_undisturbed_run(
     assert attempts == 2 or attempts == 3, "training was started again"
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_another_machine_resumes_from_s3(
     place: Path,
     oracle: str,

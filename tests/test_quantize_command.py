@@ -28,6 +28,7 @@ def base(tmp_path: Path) -> Path:
     return make_model_folder(tmp_path / "model", tiny_config())
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_once_and_then_found_by_the_command_and_by_a_training(
     base: Path, tmp_path: Path, home: Path, prefect_api: str
 ) -> None:
@@ -83,6 +84,7 @@ def test_refused(base: Path, home: Path, prefect_api: str, tmp_path: Path) -> No
         quantize(str(tmp_path / "modle"))
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_command(base: Path, home: Path, prefect_api: str, tmp_path: Path) -> None:
     arguments = ["quantize", str(base), "--to", "int8", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, arguments)

@@ -86,6 +86,7 @@ def quietly(flow: Any, spec: RunSpec) -> tuple[dict[str, Any], set[EventState]]:
     return result, {e.state for e in events} - {EventState.STARTED, EventState.PROGRESS}
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_what_is_better_is_promoted_and_only_that(
     tmp_path: Path, home: Path, prefect_api: str
 ) -> None:

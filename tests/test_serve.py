@@ -74,7 +74,7 @@ def test_another_server_is_not_taken_for_ones_own(tmp_path: Path) -> None:
     own = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, "serve", "--port", "9998"],
-        cwd=ROOT, env={**os.environ, **own}, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env={**os.environ, **own}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
     assert "ditty deploy" in done.stderr and "http://127.0.0.1:9/api" in done.stderr

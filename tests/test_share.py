@@ -35,6 +35,7 @@ def use(home: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> Store:
     return Store(home)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_second_machine_makes_nothing_that_the_first_has_made(
     spec: RunSpec,
     tmp_path: Path,
@@ -62,6 +63,7 @@ def test_a_second_machine_makes_nothing_that_the_first_has_made(
             assert (here / MANIFEST).read_bytes() == (there / MANIFEST).read_bytes()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_damaged_copy_is_made_again(
     tmp_path: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +81,7 @@ def test_a_damaged_copy_is_made_again(
     assert len(RunDir.named("quantize-model-nf4", tmp_path / "two").attempts("prequantize")) == 1
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_place_that_cannot_be_asked_is_an_error(
     tmp_path: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

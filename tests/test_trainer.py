@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from ditty import attention
 from ditty.batches import collate
-from ditty.choices import Precision, Sampling
+from ditty.choices import Precision
 from ditty.errors import ArtifactDamaged, RunError, RunMismatch, SpecError
-from ditty.evaluate import HeldOut, held_out_loss
+from ditty.evaluate import held_out_loss
 from ditty.feed import LoaderFeed, PackedFeed
 from ditty.loss import token_loss_sum
-from ditty.model import add_adapter, base_model, load_base, prepare_model, save_trained, trainable
+from ditty.model import add_adapter, base_model, load_base, prepare_model, trainable
 from ditty.parallel import whole_weights
 from ditty.recompute import recompute_blocks
 from ditty.rundir import RunDir
@@ -379,60 +378,6 @@ def test_bf16_follows_fp32_and_keeps_fp32_weights(folder, tmp_path, adapter):
         runs[precision] = [m["loss"] for m in metrics]
     assert runs["bf16"] == pytest.approx(runs["fp32"], rel=0.02)
     assert runs["bf16"] != runs["fp32"], "nothing was computed in bf16"
-
-
-def test_peft_loads_the_saved_adapter_and_computes_the_same(folder, tmp_path):
-    from peft import PeftModel
-
-    trainer, _, _ = run_trainer(folder, tmp_path, adapter="lora")
-    save_trained(
-        trainer.parallel.module,
-        whole_weights(trainer.parallel, single()),
-        "org/base",
-        tmp_path / "adapter",
-    )
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        before = base(ids).logits.clone()
-        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-        after = loaded(ids).logits
-        with attention.generating(trainer.parallel.model):
-            ours = trainer.parallel.module.eval()(input_ids=ids).logits
-    assert torch.allclose(after, ours, atol=1e-6) and not torch.allclose(after, before, atol=1e-3)
-    assert loaded.peft_config["default"].base_model_name_or_path == "org/base"
-
-
-def test_generation_uses_a_cache_and_puts_packed_attention_back(folder):
-    from ditty.evaluate import complete
-    from tests.tiny import make_tokenizer
-
-    model = build(folder, adapter="lora")
-    base = model.get_base_model()
-    held_out = HeldOut(random_rows(2), make_tokenizer(), num_samples=2, sample_max_tokens=5)
-    samples = complete(base, held_out, Precision.FP32, CPU)
-    assert len(samples) == 2 and set(samples[0]) == {"prompt", "completion", "reference"}
-    assert base.config._attn_implementation == attention.NAME and model.training
-
-
-def test_order_is_a_permutation_and_seekable():
-    lengths = np.array([(i * 7) % 13 + 1 for i in range(37)])
-    for sampling in Sampling:
-        order = SampleOrder(37, 4, sampling, seed=3, lengths=lengths)
-        stream = order.samples(0)
-        first = [next(stream) for _ in range(37 * 3)]
-        assert all(sorted(first[i : i + 37]) == list(range(37)) for i in (0, 37, 74))
-        middle = order.samples(50)
-        assert [next(middle) for _ in range(20)] == first[50:70]
-    assert SampleOrder(37, 4, Sampling.RANDOM, 3).epoch(0).tolist() != first[:37]
-    # The stream is pinned: a new numpy must not reorder anybody's run.
-    assert SampleOrder(6, 2, Sampling.RANDOM, 0).epoch(0).tolist() == [5, 2, 1, 4, 3, 0]
-    split = [BatchSplit(2, 2, rank, 2) for rank in range(2)]
-    order = SampleOrder(37, 8, Sampling.RANDOM, 3)
-    a, b = (s.micro_batches(order, 1) for s in split)
-    got = [*next(a), *next(b), *next(a), *next(b)]
-    samples = order.samples(8)
-    assert got == [next(samples) for _ in range(8)]
 
 
 def test_an_operation_without_a_deterministic_kernel_ends_the_run(folder, tmp_path):

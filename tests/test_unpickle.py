@@ -107,6 +107,7 @@ def test_what_else_may_be_in_a_file(plain, tmp_path, content, match):
         convert_pickled(source, tmp_path)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_folder_of_bin_files_is_a_base_model(plain, tmp_path, home, prefect_api):
     source = pickled(plain, tmp_path / "old")
     ref = basemodel.identify(str(source))
