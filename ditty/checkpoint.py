@@ -19,6 +19,7 @@ import json
 import logging
 import shutil
 import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Checkpointer:
         self.aside = world.aside()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.committed: deque[int] = deque()  # steps, for who wants to know; taken by the reader
 
     def save(self, step: int, parallel: Parallel, state: State) -> None:
         """Begin to commit the state after `step` steps; `wait` ends it.
@@ -129,6 +131,7 @@ class Checkpointer:
                     remove_tree(staging)
                 raise self._failed(step, problems[0])
             if self.world.main:
+                self.committed.append(step)
                 self._retire()
         except BaseException as error:
             self._error = error

@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ditty.attention import generating
-from ditty.batches import collate, supervised_tokens, to_device
+from ditty.batches import collate, to_device
 from ditty.choices import Precision
 from ditty.compiled import as_it_stands
 from ditty.encoding import IGNORED
-from ditty.loss import token_loss_sum
+from ditty.hooks import OURS, Hooks
 from ditty.world import World
 
 
@@ -46,6 +46,7 @@ def held_out_loss(
     rows: Sequence[Mapping[str, Any]],
     precision: Precision,
     world: World,
+    hooks: Hooks = OURS,
 ) -> tuple[float, int]:
     """(mean loss in nats a supervised token, supervised tokens) over all rows and processes.
 
@@ -55,6 +56,7 @@ def held_out_loss(
     Args:
         forward: what is called; see Parallel.
         model: the transformers model inside.
+        hooks: whose loss it is, and its terms.
     """
     training = model.training
     model.eval()
@@ -63,10 +65,10 @@ def held_out_loss(
         index = first + world.rank
         batch = to_device(collate([rows[index if index < len(rows) else 0]]), world.device)
         with as_it_stands(), autocast(world.device, precision):
-            loss = float(token_loss_sum(forward, model, batch))
+            loss = float(hooks.loss_sum(forward, model, batch))
         if index < len(rows):
             total += loss
-            count += supervised_tokens(batch)
+            count += hooks.terms(batch)
     model.train(training)
     total, counted = world.sum([total, float(count)])
     return total / max(counted, 1.0), int(counted)

@@ -4,15 +4,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from ditty import basemodel, stages
 from ditty.artifacts import Store, commit_dir
+from ditty.batches import Batch
 from ditty.choices import FinalWeights
 from ditty.environment import resolve_device
 from ditty.errors import ModelError, RunBusy, SpecError
 from ditty.feed import LoaderFeed
 from ditty.files import sha256_bytes
+from ditty.hooks import OURS, Hooks
 from ditty.load import load_module
 from ditty.model import save_trained
 from ditty.modelstages import base_folder, quantized_folder
@@ -89,6 +92,10 @@ class Pipeline:
             "torch.utils.data.DataLoader, e.g. Data(...).prepare([...])"
         )
 
+    def hooks(self) -> Hooks:
+        """Override: callbacks, and a loss or an optimizer of your own (ditty.hooks)."""
+        return OURS
+
     def model_dir(self) -> Path:
         """The base model's folder, fetched (.gguf and .bin files converted) on first use."""
         return base_folder(self.base, self.spec, self.store)
@@ -131,10 +138,12 @@ class Pipeline:
                 "expected a torch.utils.data.DataLoader"
             )
         feed = LoaderFeed(loader, train.gradient_accumulation_steps, world)
-        rows = sha256_bytes(repr([b["input_ids"].tolist() for b in next(feed.steps(0))]).encode())
-        rows = world.from_main(rows)
+        rows = world.from_main(_digest(next(feed.steps(0))))
         identity = stages.training_identity(self.spec, basemodel.key(self.base), rows)
-        trainer = Trainer(module, feed, train, Place(run, world, identity))
+        hooks = self.hooks()
+        if decide := hooks.identity():
+            identity["hooks"] = decide
+        trainer = Trainer(module, feed, train, Place(run, world, identity), hooks=hooks)
         outcome = trainer.fit()
         final = run.root / "final"
         weights = whole_weights(trainer.parallel, world) if outcome.finished else {}
@@ -143,6 +152,15 @@ class Pipeline:
                 save_trained(module, weights, self.spec.model.base_model, out)
                 self.tokenizer.save_pretrained(out)
         return outcome
+
+
+def _digest(batches: list[Batch]) -> str:
+    """SHA-256 of all that the batches of a step hold."""
+    values = [
+        {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in sorted(batch.items())}
+        for batch in batches
+    ]
+    return sha256_bytes(repr(values).encode())
 
 
 def _refuse_evaluation(options: dict[str, Any]) -> None:
