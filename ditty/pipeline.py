@@ -74,6 +74,7 @@ class Pipeline:
         self.batch_size = self.spec.train.micro_batch
         self.grad_accum = self.spec.train.gradient_accumulation_steps
         self.base = basemodel.identify(self.spec.model.base_model, self.spec.model.revision)
+        self.module: Any = None  # what is trained, from before `dataset` on
         self._tokenizer: Any = None
 
     @property
@@ -130,7 +131,7 @@ class Pipeline:
 
     def _train(self, world: World, run: RunDir) -> Outcome:
         train = self.spec.train
-        module = load_module(self.weights_dir(), self.spec.model, train, world)
+        module = self.module = load_module(self.weights_dir(), self.spec.model, train, world)
         loader = self.dataset()
         if not isinstance(loader, DataLoader):
             raise ModelError(
