@@ -19,6 +19,8 @@ from ditty.errors import DittyError
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
 from flows.bench_command import bench
+from flows.chat_command import chat
+from flows.compare_command import compare_command
 from flows.preview_command import preview_command
 from flows.serve_command import deploy, serve
 from flows.verify_command import verify
@@ -259,6 +261,8 @@ COMMANDS = (
     preview_command,
     status,
     logs,
+    compare_command,
+    chat,
     evaluate,
     refresh,
     export,
