@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ditty import basemodel, stages
+from ditty import basemodel, preflight, stages
 from ditty.artifacts import Store, commit_dir
 from ditty.batches import Batch
 from ditty.choices import FinalWeights
@@ -23,6 +23,7 @@ from ditty.parallel import whole_weights
 from ditty.rundir import RunDir
 from ditty.spec import LaunchSpec, ModelSpec, RunSpec, TrainSpec
 from ditty.specfile import parse_spec
+from ditty.trackers import reporting
 from ditty.trainer import Outcome, Place, Trainer
 from ditty.world import World, join_world, leave_world
 
@@ -115,6 +116,7 @@ class Pipeline:
             DittyError: see Trainer.fit.
             RunBusy: another process trains in `output_dir`.
         """
+        preflight.check_trackers(self.spec.train.report_to, os.environ)
         device = resolve_device(LaunchSpec())
         world = join_world(device, self.spec.launch.world_size)
         run = RunDir(self.output_dir)
@@ -144,13 +146,21 @@ class Pipeline:
         hooks = self.hooks()
         if decide := hooks.identity():
             identity["hooks"] = decide
-        trainer = Trainer(module, feed, train, Place(run, world, identity), hooks=hooks)
-        outcome = trainer.fit()
-        final = run.root / "final"
-        weights = whole_weights(trainer.parallel, world) if outcome.finished else {}
-        if outcome.finished and world.main and not final.exists():
+        place = Place(run, world, identity)
+        with reporting(self.spec, place) as reports:
+            trainer = Trainer(module, feed, train, place, hooks=reports.hooks(hooks))
+            outcome = self._finish(trainer, trainer.fit())
+            if world.main and outcome.finished:
+                reports.result(run.root / "final", self.store)
+        return outcome
+
+    def _finish(self, trainer: Trainer, outcome: Outcome) -> Outcome:
+        """Write the result, if all steps are done."""
+        final, identity = trainer.run.root / "final", trainer.checkpointer.identity
+        weights = whole_weights(trainer.parallel, trainer.world) if outcome.finished else {}
+        if outcome.finished and trainer.world.main and not final.exists():
             with commit_dir(final, {"step": outcome.step, "identity": identity}) as out:
-                save_trained(module, weights, self.spec.model.base_model, out)
+                save_trained(self.module, weights, self.spec.model.base_model, out)
                 self.tokenizer.save_pretrained(out)
         return outcome
 
