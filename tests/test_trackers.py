@@ -187,3 +187,42 @@ def test_trackio_goes_on_with_the_same_run(tmp_path, monkeypatch):
     assert config["train.max_steps"] == 6
     (made_from,) = [json.loads(record["lineage"]) for record in logs if "lineage" in record]
     assert made_from["counts"]["step"] == 6
+
+
+@pytest.mark.slow
+def test_mlflow_goes_on_with_the_same_run(tmp_path):
+    pytest.importorskip("mlflow")
+    runs, losses, params, files = in_a_process(
+        tmp_path,
+        "mlflow",
+        """
+        import mlflow
+        mlflow.set_tracking_uri(f"sqlite:///{run.root}/trackers/mlflow/mlflow.db")
+        client = mlflow.MlflowClient()
+        runs = mlflow.search_runs(experiment_names=["ditty"], output_format="list")
+        key = runs[0].info.run_id
+        losses = [(m.step, m.value) for m in client.get_metric_history(key, "train/loss")]
+        files = [file.path for file in client.list_artifacts(key)]
+        print(json.dumps({"read": [len(runs), losses, runs[0].data.params, files]}))
+        """,
+    )
+    assert runs == 1
+    metrics = {r["step"]: r["loss"] for r in RunDir(tmp_path / "out").metrics() if "loss" in r}
+    assert dict(losses) == metrics and [step for step, _ in losses] == [1, 2, 3, 4, 5, 5, 6]
+    assert params["train.max_steps"] == "6"
+    assert sorted(files) == ["lineage.json", "losses.png"]
+
+
+@pytest.mark.slow
+def test_wandb_goes_on_with_the_same_run_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    names = in_a_process(
+        tmp_path,
+        "wandb",
+        """
+        made = (run.root / "trackers/wandb/wandb").glob("offline-run-*")
+        print(json.dumps({"read": [path.name.split("-", 3)[-1] for path in made]}))
+        """,
+    )
+    assert len(names) == 2 and len(set(names)) == 1, "two files of one run, for `wandb sync`"
