@@ -1,6 +1,6 @@
 """ditty fine-tunes Hugging Face causal language models as a line of cached, resumable stages.
 
-    from ditty import Data, Pipeline, RunSpec, Trainer
+    from ditty import Data, Hooks, Pipeline, RunSpec, Trainer
 
 Names are imported when they are first used: importing ditty loads no torch.
 """
@@ -12,14 +12,16 @@ from ditty.version import __version__
 
 if TYPE_CHECKING:
     from ditty.data import Data
+    from ditty.hooks import Hooks
     from ditty.pipeline import Pipeline
     from ditty.spec import RunSpec
     from ditty.trainer import Trainer
 
-__all__ = ["Data", "Pipeline", "RunSpec", "Trainer", "__version__"]
+__all__ = ["Data", "Hooks", "Pipeline", "RunSpec", "Trainer", "__version__"]
 
 _HOMES = {
     "Data": "ditty.data",
+    "Hooks": "ditty.hooks",
     "Pipeline": "ditty.pipeline",
     "RunSpec": "ditty.spec",
     "Trainer": "ditty.trainer",

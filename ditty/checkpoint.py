@@ -20,6 +20,7 @@ import logging
 import math
 import shutil
 import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Checkpointer:
         self.aside = world.aside()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.committed: deque[int] = deque()  # steps, for who wants to know; taken by the reader
 
     def save(self, step: int, parallel: Parallel, state: State) -> None:
         """Begin to commit the state after `step` steps; `wait` ends it.
@@ -130,6 +132,7 @@ class Checkpointer:
                     remove_tree(staging)
                 raise self._failed(step, problems[0])
             if self.world.main:
+                self.committed.append(step)
                 self._retire()
         except BaseException as error:
             self._error = error

@@ -204,6 +204,18 @@ class Sampling(StrEnum):
     SEQUENTIAL = "sequential"
 
 
+class Tracker(StrEnum):
+    """Where a training's numbers are shown besides its own files, through accelerate.
+
+    `tensorboard`: files in the run directory. The others: the packages of their names.
+    """
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+    TRACKIO = "trackio"
+
+
 class Device(StrEnum):
     """Where to train. `auto`: a GPU where there is one."""
 

@@ -39,8 +39,8 @@ class Data:
 
     Attributes:
         tokenizer: pads batches; its model_input_names are the columns that stay.
-        dataset: the rows, or `load_kwargs`: arguments of `datasets.load_dataset`.
-        split: which split of what `load_kwargs` loads.
+        dataset: the rows, or `load_args` and `load_kwargs`: arguments of `datasets.load_dataset`.
+        split: which split of what those load, where they do not say.
         seed: of the order of rows.
         batch_size: rows a batch; grad_accum: batches a step (rows of similar length are grouped
             over batch_size x grad_accum).
@@ -52,6 +52,7 @@ class Data:
 
     tokenizer: "PreTrainedTokenizerBase"
     dataset: "datasets.Dataset | None" = None
+    load_args: Sequence[Any] = ()
     load_kwargs: dict[str, Any] | None = None
     split: str = "train"
     seed: int = 0
@@ -66,12 +67,13 @@ class Data:
 
     def __post_init__(self) -> None:
         if self.dataset is None:
-            if self.load_kwargs is None:
-                raise DataError("Data needs dataset=..., or load_kwargs=... for load_dataset")
+            if not (self.load_args or self.load_kwargs):
+                raise DataError("Data needs dataset=..., or load_args=... or load_kwargs=...")
+            options = self.load_kwargs or {}
             import datasets
 
-            loaded = datasets.load_dataset(**self.load_kwargs)
-            self.dataset = loaded if "split" in self.load_kwargs else loaded[self.split]
+            loaded = datasets.load_dataset(*self.load_args, **options)
+            self.dataset = loaded if "split" in options else loaded[self.split]
 
     def prepare(self, pipeline: Sequence[Step]) -> DataLoader[Any]:
         """Apply operations in order, and return the batches.

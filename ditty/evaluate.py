@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ditty.attention import generating
-from ditty.batches import collate, supervised_tokens, to_device
+from ditty.batches import collate, to_device
 from ditty.choices import Precision
 from ditty.compiled import as_it_stands
 from ditty.encoding import IGNORED
-from ditty.loss import token_loss_sum
+from ditty.hooks import OURS, Hooks
 from ditty.world import World
 
 
@@ -46,6 +46,7 @@ def held_out_loss(
     rows: Sequence[Mapping[str, Any]],
     precision: Precision,
     world: World,
+    hooks: Hooks = OURS,
 ) -> tuple[float, int]:
     """(mean loss in nats a supervised token, supervised tokens) over all rows and processes.
 
@@ -55,6 +56,7 @@ def held_out_loss(
     Args:
         forward: what is called; see Parallel.
         model: the transformers model inside.
+        hooks: whose loss it is, and its terms.
     """
     training = model.training
     model.eval()
@@ -63,10 +65,10 @@ def held_out_loss(
         index = first + world.rank
         batch = to_device(collate([rows[index if index < len(rows) else 0]]), world.device)
         with as_it_stands(), autocast(world.device, precision):
-            loss = float(token_loss_sum(forward, model, batch))
+            loss = float(hooks.loss_sum(forward, model, batch))
         if index < len(rows):
             total += loss
-            count += supervised_tokens(batch)
+            count += hooks.terms(batch)
     model.train(training)
     total, counted = world.sum([total, float(count)])
     return total / max(counted, 1.0), int(counted)
@@ -80,24 +82,44 @@ def complete(
     tokenizer = held_out.tokenizer
     assert tokenizer is not None, "samples need a tokenizer"
     samples = []
-    with as_it_stands(), generating(model), autocast(device, precision):
+    with autocast(device, precision):
         for row in islice(held_out.rows, held_out.num_samples):
             prompt, reference = first_prompt(row)
+            # The chat's own end of turn, whatever generation_config says.
+            ends = sorted({tokenizer.eos_token_id, reference[-1]})
+            options = {"max_new_tokens": held_out.sample_max_tokens, "do_sample": False}
             ids = torch.tensor([prompt], device=device)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=held_out.sample_max_tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-                # The chat's own end of turn, whatever generation_config says.
-                eos_token_id=sorted({tokenizer.eos_token_id, reference[-1]}),
-            )
-            texts = (prompt, out[0, len(prompt) :].tolist(), reference)
+            texts = (prompt, generate(model, ids, tokenizer, ends, **options), reference)
             decoded = (tokenizer.decode(t, skip_special_tokens=True) for t in texts)
             samples.append(dict(zip(("prompt", "completion", "reference"), decoded, strict=True)))
     return samples
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompt: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    **options: Any,
+) -> list[int]:
+    """The tokens with which a model goes on after `prompt`, up to one of `ends`.
+
+    Args:
+        prompt: token ids [1, N] where the model computes.
+        options: of transformers' `generate`: max_new_tokens, do_sample ...
+    """
+    with as_it_stands(), generating(model):
+        out = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            eos_token_id=ends,
+            **options,
+        )
+    found: list[int] = out[0, prompt.shape[1] :].tolist()
+    return found
 
 
 def first_prompt(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:

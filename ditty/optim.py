@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from ditty.choices import Optimizer, Schedule
-from ditty.errors import SpecError
+from ditty.errors import RunError, SpecError
 from ditty.spec import TrainSpec
 
 Group = dict[str, Any]
 Make = Callable[[list[Group]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Mapping[str, torch.nn.Parameter], TrainSpec], torch.optim.Optimizer]
 
 BITSANDBYTES = {
     Optimizer.ADAMW_8BIT: "AdamW8bit",
@@ -66,6 +68,53 @@ def make_optimizer(
     if train.optimizer is Optimizer.MUON:
         return _muon(present, train, fused=on_gpu)
     return _maker(train, fused=on_gpu)(_groups(present.values(), train.weight_decay))
+
+
+def refuse_hidden_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """`optimizer`, whose `step` raises from now on where a checkpoint would miss something.
+
+    A checkpoint holds the tensors and whole numbers of `state`, by parameter. What else changes
+    from step to step, in `param_groups` for example, would begin anew at a resume.
+
+    Raises:
+        RunError: by each `step`, where there is such a thing.
+    """
+    before = _settings(optimizer)
+    name = type(optimizer).__name__
+
+    def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        changed = [
+            f"param_groups[{index}][{key!r}], which changed"
+            for index, (old, new) in enumerate(zip(before, _settings(optimizer), strict=True))
+            for key in new
+            if key not in old or not _equal(old[key], new[key])
+        ]
+        odd = [
+            f"state[...][{key!r}], a {type(value).__name__}"
+            for state in optimizer.state.values()
+            for key, value in state.items()
+            if not isinstance(value, torch.Tensor | int)
+        ]
+        for what in (*changed, *odd):
+            raise RunError(
+                f"the optimizer {name} keeps {what}: a checkpoint holds tensors and whole numbers "
+                "of its state by parameter, so a resume would go on otherwise. Keep it there, or "
+                "use another optimizer"
+            )
+
+    optimizer.register_step_post_hook(check)
+    return optimizer
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[Group]:
+    groups = optimizer.param_groups
+    return [{k: copy(v) for k, v in g.items() if k not in ("params", "lr")} for g in groups]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)
 
 
 def _groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[Group]:

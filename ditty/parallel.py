@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ditty.choices import Precision, Sharding
-from ditty.errors import RunError
+from ditty.errors import RunError, SpecError
 from ditty.model import base_model, trainable
-from ditty.optim import make_optimizer
+from ditty.optim import MakeOptimizer, make_optimizer, refuse_hidden_state
 from ditty.sharded import first_element, is_cut
 from ditty.spec import TrainSpec
 from ditty.world import World
@@ -95,22 +95,38 @@ class Parallel(Protocol):
         ...
 
 
-def make_parallel(module: torch.nn.Module, train: TrainSpec, world: World) -> Parallel:
+def make_parallel(
+    module: torch.nn.Module,
+    train: TrainSpec,
+    world: World,
+    optimizer: MakeOptimizer = make_optimizer,
+) -> Parallel:
     """The strategy by which `module` was made.
 
+    Args:
+        optimizer: see hooks.Hooks.
     Raises:
         RunError: it is not the one that `train.sharding` asks for.
+        SpecError: it takes no optimizer but its own.
     """
     from ditty.zero import Zero3, is_zero
 
     found: Parallel
     made: tuple[Sharding, ...]
     if is_zero(module):
+        if optimizer is not make_optimizer:
+            raise SpecError(
+                "train.sharding: zero3 takes no optimizer of yours: DeepSpeed keeps its state in "
+                "flat partitions: use train.sharding: fsdp2"
+            )
         found, made = Zero3(module, train, world), (Sharding.ZERO3,)
     elif is_cut(module):
-        found, made = FullySharded(module, train, world), (Sharding.FSDP2, Sharding.HYBRID)
+        found, made = (
+            FullySharded(module, train, world, optimizer),
+            (Sharding.FSDP2, Sharding.HYBRID),
+        )
     else:
-        found, made = Replicated(module, train, world), (Sharding.NONE, Sharding.DDP)
+        found, made = Replicated(module, train, world, optimizer), (Sharding.NONE, Sharding.DDP)
     if train.sharding not in (Sharding.AUTO, *made):
         raise RunError(
             f"train.sharding is {train.sharding}, and the model was loaded for "
@@ -126,6 +142,10 @@ class _WithOptimizer:
     parts: list[Part]
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
+
+    def _make_optimizer(self, make: MakeOptimizer, train: TrainSpec) -> torch.optim.Optimizer:
+        made = make(self.parameters, train)
+        return made if make is make_optimizer else refuse_hidden_state(made)
 
     def gradients(self) -> list[torch.Tensor]:
         for parameter in self.parameters.values():
@@ -168,7 +188,13 @@ class Replicated(_WithOptimizer):
     gradient came last). Nor does it know of micro batches before: it would average those once more.
     """
 
-    def __init__(self, module: torch.nn.Module, train: TrainSpec, world: World):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        train: TrainSpec,
+        world: World,
+        optimizer: MakeOptimizer = make_optimizer,
+    ):
         self.module, self.model, self.world = module, base_model(module), world
         self.forward: torch.nn.Module = self.model
         self.before: list[torch.Tensor] = []  # gradients of earlier micro batches of the step
@@ -178,7 +204,7 @@ class Replicated(_WithOptimizer):
         self.parts = [
             Part(name, tuple(p.shape), 0, p, world.main) for name, p in self.parameters.items()
         ]
-        self.optimizer = make_optimizer(self.parameters, train)
+        self.optimizer = self._make_optimizer(optimizer, train)
         # All ranks have read the same files: sending the weights would only cost time.
         sums = world.gather([float(p.detach().double().sum()) for p in self.parameters.values()])
         assert sums.count(sums[0]) == len(sums), "ranks start from different weights"
@@ -207,7 +233,13 @@ class Replicated(_WithOptimizer):
 class FullySharded(_WithOptimizer):
     """Rows of each weight in each process (FSDP2); see ditty.sharded."""
 
-    def __init__(self, module: torch.nn.Module, train: TrainSpec, world: World):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        train: TrainSpec,
+        world: World,
+        optimizer: MakeOptimizer = make_optimizer,
+    ):
         self.module, self.model, self.world = module, base_model(module), world
         self.forward = self.model  # calls on peft's wrapper would pass FSDP2's hooks by
         self.cut = trainable(module)
@@ -221,7 +253,7 @@ class FullySharded(_WithOptimizer):
             first_copy = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
             start = first_element(parameter) if local.numel() else 0
             self.parts.append(Part(name, tuple(parameter.shape), start, local, first_copy))
-        self.optimizer = make_optimizer(self.parameters, train)
+        self.optimizer = self._make_optimizer(optimizer, train)
 
     def _check_cut(self) -> None:
         held = sum(p._local_tensor.numel() for p in self.cut.values())

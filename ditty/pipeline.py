@@ -4,15 +4,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
-from ditty import basemodel, stages
+from ditty import basemodel, preflight, stages
 from ditty.artifacts import Store, commit_dir
+from ditty.batches import Batch
 from ditty.choices import FinalWeights
 from ditty.environment import resolve_device
 from ditty.errors import ModelError, RunBusy, SpecError
 from ditty.feed import LoaderFeed
 from ditty.files import sha256_bytes
+from ditty.hooks import OURS, Hooks
 from ditty.load import load_module
 from ditty.model import save_trained
 from ditty.modelstages import base_folder, quantized_folder
@@ -20,6 +23,7 @@ from ditty.parallel import whole_weights
 from ditty.rundir import RunDir
 from ditty.spec import LaunchSpec, ModelSpec, RunSpec, TrainSpec
 from ditty.specfile import parse_spec
+from ditty.trackers import reporting
 from ditty.trainer import Outcome, Place, Trainer
 from ditty.world import World, join_world, leave_world
 
@@ -71,6 +75,7 @@ class Pipeline:
         self.batch_size = self.spec.train.micro_batch
         self.grad_accum = self.spec.train.gradient_accumulation_steps
         self.base = basemodel.identify(self.spec.model.base_model, self.spec.model.revision)
+        self.module: Any = None  # what is trained, from before `dataset` on
         self._tokenizer: Any = None
 
     @property
@@ -88,6 +93,10 @@ class Pipeline:
             f"{type(self).__name__} has no dataset(): override it to return a "
             "torch.utils.data.DataLoader, e.g. Data(...).prepare([...])"
         )
+
+    def hooks(self) -> Hooks:
+        """Override: callbacks, and a loss or an optimizer of your own (ditty.hooks)."""
+        return OURS
 
     def model_dir(self) -> Path:
         """The base model's folder, fetched (.gguf and .bin files converted) on first use."""
@@ -107,6 +116,7 @@ class Pipeline:
             DittyError: see Trainer.fit.
             RunBusy: another process trains in `output_dir`.
         """
+        preflight.check_trackers(self.spec.train.report_to, os.environ)
         device = resolve_device(LaunchSpec())
         world = join_world(device, self.spec.launch.world_size)
         run = RunDir(self.output_dir)
@@ -123,7 +133,7 @@ class Pipeline:
 
     def _train(self, world: World, run: RunDir) -> Outcome:
         train = self.spec.train
-        module = load_module(self.weights_dir(), self.spec.model, train, world)
+        module = self.module = load_module(self.weights_dir(), self.spec.model, train, world)
         loader = self.dataset()
         if not isinstance(loader, DataLoader):
             raise ModelError(
@@ -131,18 +141,37 @@ class Pipeline:
                 "expected a torch.utils.data.DataLoader"
             )
         feed = LoaderFeed(loader, train.gradient_accumulation_steps, world)
-        rows = sha256_bytes(repr([b["input_ids"].tolist() for b in next(feed.steps(0))]).encode())
-        rows = world.from_main(rows)
+        rows = world.from_main(_digest(next(feed.steps(0))))
         identity = stages.training_identity(self.spec, basemodel.key(self.base), rows)
-        trainer = Trainer(module, feed, train, Place(run, world, identity))
-        outcome = trainer.fit()
-        final = run.root / "final"
-        weights = whole_weights(trainer.parallel, world) if outcome.finished else {}
-        if outcome.finished and world.main and not final.exists():
+        hooks = self.hooks()
+        if decide := hooks.identity():
+            identity["hooks"] = decide
+        place = Place(run, world, identity)
+        with reporting(self.spec, place) as reports:
+            trainer = Trainer(module, feed, train, place, hooks=reports.hooks(hooks))
+            outcome = self._finish(trainer, trainer.fit())
+            if world.main and outcome.finished:
+                reports.result(run.root / "final", self.store)
+        return outcome
+
+    def _finish(self, trainer: Trainer, outcome: Outcome) -> Outcome:
+        """Write the result, if all steps are done."""
+        final, identity = trainer.run.root / "final", trainer.checkpointer.identity
+        weights = whole_weights(trainer.parallel, trainer.world) if outcome.finished else {}
+        if outcome.finished and trainer.world.main and not final.exists():
             with commit_dir(final, {"step": outcome.step, "identity": identity}) as out:
-                save_trained(module, weights, self.spec.model.base_model, out)
+                save_trained(self.module, weights, self.spec.model.base_model, out)
                 self.tokenizer.save_pretrained(out)
         return outcome
+
+
+def _digest(batches: list[Batch]) -> str:
+    """SHA-256 of all that the batches of a step hold."""
+    values = [
+        {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in sorted(batch.items())}
+        for batch in batches
+    ]
+    return sha256_bytes(repr(values).encode())
 
 
 def _refuse_evaluation(options: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """What can be known to fail before anything is started is said here, by name."""
 
+import importlib.util
 import uuid
+from collections.abc import Collection
 
 from ditty import basemodel, evaltasks, share, stages
 from ditty.artifacts import Store
-from ditty.choices import Quantization
+from ditty.choices import Quantization, Tracker
 from ditty.environment import child_environment
 from ditty.errors import RunMismatch, SpecError, StoreError, cut
 from ditty.files import make_dir, read_json
@@ -28,6 +30,7 @@ def check(spec: RunSpec, store: Store) -> stages.StageLine:
     """
     check_store(store)
     child_environment(spec.launch)
+    check_trackers(spec.train.report_to, spec.launch.environment)
     line = stages.resolve(spec, store)
     check_model(spec, line)
     check_tasks(spec)
@@ -71,6 +74,25 @@ def check_store(store: Store) -> None:
             f"cannot write to {store.home}: {error.strerror}. "
             "Set DITTY_HOME to a directory that you can write to"
         ) from error
+
+
+def check_trackers(trackers: Collection[Tracker], variables: Collection[str]) -> None:
+    """Raise SpecError unless each tracker is installed, and W&B knows whether to log in.
+
+    Args:
+        variables: names of those that the training will have.
+    """
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker.value) is None:
+            raise SpecError(
+                f"train.report_to: {tracker} needs a package that is not installed: "
+                f"pip install 'ditty[{tracker}]', or remove it"
+            )
+    if Tracker.WANDB in trackers and not {"WANDB_API_KEY", "WANDB_MODE"} & set(variables):
+        raise SpecError(
+            "train.report_to: wandb needs WANDB_API_KEY to log in, or WANDB_MODE=offline: export "
+            "one of them, and name it in launch.environment"
+        )
 
 
 def check_model(spec: RunSpec, line: stages.StageLine) -> None:

@@ -22,6 +22,8 @@ class Work:
         step: its number, from 1.
         rate: learning rate.
         supervised, tokens: tokens that enter the loss, and all.
+        terms: over which the loss is a mean: the supervised tokens, unless a loss of the caller's
+            has others.
         data_seconds: time this process waited for its data.
     """
 
@@ -29,6 +31,7 @@ class Work:
     rate: float
     supervised: int
     tokens: int
+    terms: int
     data_seconds: float
 
 
@@ -52,12 +55,12 @@ class Readout:
         self._sums = sums
 
     def read(self) -> tuple[float, float]:
-        """(mean loss of a supervised token, L2 norm of the gradients); waits for the step."""
+        """(mean loss of a term, L2 norm of the gradients); waits for the step."""
         if self._there is not None:
             self._there.synchronize()
         total, squared = self._sums.tolist()
         norm = (math.sqrt(squared) if squared >= 0 else math.nan) / self._scale
-        return total / max(self.work.supervised, 1), norm
+        return total / max(self.work.terms, 1), norm
 
 
 def waits_for_numbers(train: TrainSpec, device: torch.device) -> bool:

@@ -23,6 +23,7 @@ from ditty.choices import (
     Sampling,
     Schedule,
     Sharding,
+    Tracker,
 )
 from ditty.dataspec import DataSpec, Section
 from ditty.s3 import scrub
@@ -166,6 +167,9 @@ class TrainSpec(Section):
     """Steps between such completions, besides those before and after."""
     sample_max_tokens: int = Field(default=64, ge=1)
     """Tokens of each such completion, at most."""
+    report_to: list[Tracker] = Field(default_factory=list)
+    """Trackers that are told each step's numbers, the spec, the lineage and the picture. Names of
+    the variables that they need (WANDB_API_KEY, MLFLOW_TRACKING_URI ...): launch.environment."""
 
     @property
     def micro_batch(self) -> int:

@@ -93,6 +93,17 @@ def _number(value: Any) -> Any:
     return value
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A spec's values by dotted key, as `--set` takes them: {"train.max_steps": 3, ...}"""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def resolve_paths(values: dict[str, Any], base: Path) -> None:
     """Make relative paths of a spec absolute, in place, where the file exists below `base`.
 

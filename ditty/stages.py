@@ -58,6 +58,7 @@ HARMLESS_TRAIN_KEYS = {
     "num_samples",
     "sample_steps",
     "sample_max_tokens",
+    "report_to",
 }
 
 

@@ -18,7 +18,7 @@ from ditty.errors import LESS_MEMORY, OutOfMemory, RunError, SpecError
 from ditty.evaluate import HeldOut, autocast, complete, held_out_loss
 from ditty.feed import Feed
 from ditty.heartbeat import Heartbeat
-from ditty.loss import token_loss_sum
+from ditty.hooks import OURS, Hooks
 from ditty.optim import check_schedule, learning_rate
 from ditty.parallel import LossScale, make_parallel, scale_gradients, squared_norm
 from ditty.progress import Progress
@@ -47,6 +47,10 @@ class Outcome:
     finished: bool
     reason: str = ""
 
+    def __str__(self) -> str:
+        ended = "all steps are done" if self.finished else f"stopped by a {self.reason}"
+        return f"step {self.step}: {ended}"
+
 
 @dataclass
 class Place:
@@ -66,6 +70,7 @@ class Trainer:
         feed: micro batches by step.
         train: the optimization.
         place: run directory, processes, identity.
+        hooks: callbacks, and a loss or an optimizer in the place of ditty's.
         held_out: evaluated before the first and after the last step, and every `eval_steps`.
     Raises:
         SpecError: the held-out loss is to decide, and no row is held out; or the schedule does not
@@ -79,6 +84,7 @@ class Trainer:
         train: TrainSpec,
         place: Place,
         held_out: HeldOut | None = None,
+        hooks: Hooks = OURS,
     ):
         if train.evaluation_decides and (held_out is None or not len(held_out.rows)):
             raise SpecError(
@@ -87,13 +93,13 @@ class Trainer:
                 "own takes held_out), or remove those keys"
             )
         check_schedule(train)
-        self.feed, self.train, self.held_out = feed, train, held_out
+        self.feed, self.train, self.held_out, self.hooks = feed, train, held_out, hooks
         self.run, self.world = place.run, place.world
         self.beat = place.heartbeat or Heartbeat(None)
         self.total_steps = feed.total_steps(train)
         steady_cublas(self.world.device.type)
         choose_kernels(train.deterministic)
-        self.parallel = make_parallel(module, train, self.world)
+        self.parallel = make_parallel(module, train, self.world, hooks.optimizer)
         model, bounds = self.parallel.model, feed.bounds
         compiled = are_compiled(model, train, bounds, self.world.device)
         self.filled = bounds if compiled else None  # to what batches are filled up
@@ -156,6 +162,7 @@ class Trainer:
             raise RunError(said) from error
         finally:
             self.checkpointer.wait()
+        self._tell_saves()
         if outcome.finished and self.train.final_weights is FinalWeights.BEST:
             self._take_best()
         return outcome
@@ -193,14 +200,15 @@ class Trainer:
             asked = time.perf_counter()
             micro_batches = next(steps)
             waited = time.perf_counter() - asked
-            supervised, tokens, stop = self._agree(micro_batches, bool(signalled))
+            counts, stop = self._agree(micro_batches, bool(signalled))
             if stop:
                 if saved < step:
                     self.save(step)
                 return Outcome(step, finished=False, reason=stop)
             rate = learning_rate(step, self.total_steps, self.train)
             step += 1
-            self._step(Work(step, rate, supervised, tokens, waited), micro_batches)
+            self._step(Work(step, rate, *counts, waited), micro_batches)
+            self._tell_saves()
             better = self._after_step(step)
             last = step == self.total_steps or self._out_of_patience()
             if last or better or step % self.train.save_steps == 0:
@@ -222,37 +230,40 @@ class Trainer:
         patience = self.train.early_stopping_patience
         return patience is not None and self.progress.evaluations_without_better >= patience
 
-    def _agree(self, micro_batches: list[Batch], signalled: bool) -> tuple[int, int, str]:
-        """(supervised tokens of the global batch, all its tokens, why to stop or ""), the same on
-        all ranks."""
+    def _agree(
+        self, micro_batches: list[Batch], signalled: bool
+    ) -> tuple[tuple[int, int, int], str]:
+        """((supervised tokens of the global batch, all its tokens, the loss's terms), why to stop
+        or ""), the same on all ranks."""
         asked = self.world.main and self.run.stop_file.exists()
         supervised = sum(supervised_tokens(b) for b in micro_batches)
         seen = sum(b["input_ids"].numel() for b in micro_batches)
+        terms = sum(self.hooks.terms(b) for b in micro_batches)
         several = any(len(b["cu_seqlens"]) > 2 for b in micro_batches)
-        here = [float(n) for n in (supervised, seen, signalled, asked, several)]
-        total, tokens, signals, stops, packed = self.world.sum(here)
+        here = [float(n) for n in (supervised, seen, terms, signalled, asked, several)]
+        total, tokens, all_terms, signals, stops, packed = self.world.sum(here)
         if packed and not self.isolated:
             with as_it_stands(), autocast(self.world.device, self.train.precision):
                 check_isolation(self.parallel.forward, self.parallel.model, self.world.device)
             self.parallel.rest()
             self.isolated = True
         reason = "signal" if signals else "stop file" if stops else ""
-        return int(total), int(tokens), reason
+        return (int(total), int(tokens), int(all_terms)), reason
 
     def _step(self, work: Work, micro_batches: list[Batch]) -> None:
-        """One optimizer step on the global batch, each supervised token weighing the same."""
+        """One optimizer step on the global batch, each term of the loss weighing the same."""
         self.beat("step", work.step - 1)
         if self.unread is None:
             self.clock = time.perf_counter()
-        # Gradients are averaged over processes; wanted is their sum, divided by all tokens.
-        scale = self.loss_scale.scale * self.world.world_size / max(work.supervised, 1)
+        # Gradients are averaged over processes; wanted is their sum, divided by all terms.
+        scale = self.loss_scale.scale * self.world.world_size / max(work.terms, 1)
         loss_sum = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for index, batch in enumerate(micro_batches):
             if self.filled is not None:
                 batch = fill_up(batch, self.filled)
             batch = to_device(batch, self.world.device)
             with autocast(self.world.device, self.train.precision):
-                loss = token_loss_sum(self.parallel.forward, self.parallel.model, batch)
+                loss = self.hooks.loss_sum(self.parallel.forward, self.parallel.model, batch)
             self.parallel.backward(loss * scale, index)
             loss_sum += loss.detach()
         squares = squared_norm(self.parallel).to(loss_sum.device)
@@ -339,6 +350,7 @@ class Trainer:
         }
         append_record(self.run.metrics_file, record)
         log.info("step %d/%d loss %.4f", work.step, self.total_steps, loss)
+        self.hooks.call("on_step", record)
 
     def save(self, step: int) -> None:
         """Begin to commit a checkpoint of the state after `step` steps."""
@@ -356,6 +368,12 @@ class Trainer:
             stalled = time.perf_counter() - started  # the rest happens beside the next steps
             record = {"kind": "save", "step": step, "stalled_seconds": stalled, "time": time.time()}
             append_record(self.run.metrics_file, record)
+        self._tell_saves()  # before the one that has begun retires them
+
+    def _tell_saves(self) -> None:
+        while self.checkpointer.committed:
+            step = self.checkpointer.committed.popleft()
+            self.hooks.call("on_save", step, self.run.checkpoint(step))
 
     def evaluate(self, step: int) -> bool:
         """Append the held-out loss to the metrics, and samples; whether it is the best so far."""
@@ -363,13 +381,15 @@ class Trainer:
         if self.held_out is None or not len(self.held_out.rows):
             return False
         self.beat("evaluate", step)
-        args = (self.held_out.rows, self.train.precision, self.world)
+        args = (self.held_out.rows, self.train.precision, self.world, self.hooks)
         loss, tokens = held_out_loss(self.parallel.forward, self.parallel.model, *args)
         self.parallel.rest()
         if self.world.main:
             record = {"kind": "eval", "step": step, "loss": loss, "supervised_tokens": tokens}
-            append_record(self.run.metrics_file, record | {"time": time.time()})
+            record["time"] = time.time()
+            append_record(self.run.metrics_file, record)
             log.info("step %d held-out loss %.4f", step, loss)
+            self.hooks.call("on_evaluate", record)
         better = self.progress.note(step, loss, self.train.early_stopping_threshold)
         every, ends = self.train.sample_steps, step == self.total_steps or self._out_of_patience()
         if step == 0 or ends or (every and step % every == 0):

@@ -206,7 +206,8 @@ def train(job: Job, attempt: Path) -> Result:
 
 
 def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
-    from ditty.parallel import whole_weights
+    from ditty.hooks import OURS
+    from ditty.trackers import reporting
     from ditty.trainer import Place, Trainer
 
     store = Store(job.home)
@@ -217,7 +218,18 @@ def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
     beat("load", 0)
     module, feed, held_out = _load(job, world)
     place = Place(run, world, identity=job.inputs, heartbeat=beat)
-    trainer = Trainer(module, feed, job.spec.train, place, held_out)
+    with reporting(job.spec, place) as reports:
+        trainer = Trainer(module, feed, job.spec.train, place, held_out, reports.hooks(OURS))
+        result = _fit(job, trainer, module)
+        if world.main and result.status is Status.OK:
+            reports.result(store.path("train", job.key), store)
+    return result
+
+
+def _fit(job: Job, trainer: Any, module: Any) -> Result:
+    """Train, and commit what came of it."""
+    from ditty.parallel import whole_weights
+
     outcome = trainer.fit()
     if not outcome.finished:
         return Result(
@@ -227,11 +239,11 @@ def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
             f"stopped after step {outcome.step} by a {outcome.reason}; a rerun resumes there",
             retryable=outcome.reason != "stop file",
         )
-    beat("commit", outcome.step)
-    weights = whole_weights(trainer.parallel, world)
-    if world.main:
+    trainer.beat("commit", outcome.step)
+    weights = whole_weights(trainer.parallel, trainer.world)
+    if trainer.world.main:
         _commit(job, trainer, outcome, module, weights)
-    world.gather(None)
+    trainer.world.gather(None)
     return Result(Status.OK, outcome.step)
 
 

@@ -20,6 +20,8 @@ from ditty.gates import measures
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
 from flows.bench_command import bench
+from flows.chat_command import chat
+from flows.compare_command import compare_command
 from flows.preview_command import preview_command
 from flows.serve_command import deploy, serve
 from flows.verify_command import verify
@@ -284,6 +286,8 @@ COMMANDS = (
     preview_command,
     status,
     logs,
+    compare_command,
+    chat,
     evaluate,
     refresh,
     export,

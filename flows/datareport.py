@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ditty.artifacts import Store, read_manifest
+from ditty.curves import png
 from ditty.errors import ArtifactDamaged
 from ditty.quarantine import FILE as QUARANTINE_FILE
 from ditty.stages import StageLine
-from flows.markup import clean, code, embedded, escape, png, table
+from flows.markup import clean, code, embedded, escape, table
 
 INCHES, DPI = (9.0, 3.0), 100
 LONGEST_BAR = 40  # characters

@@ -1,13 +1,12 @@
 """Text that others wrote, made safe for a page of markdown; tables, and pictures within it."""
 
 import base64
-import io
 import re
 from typing import TYPE_CHECKING
 from unicodedata import category
 
 if TYPE_CHECKING:  # matplotlib costs half a second
-    from matplotlib.figure import Figure
+    pass
 
 LONGEST_TEXT = 800  # characters of a prompt or completion: at most 4 bytes each
 LONGEST_LINE = 300
@@ -56,15 +55,6 @@ def table(rows: dict[str, str]) -> str:
     """Two columns: what, and its value."""
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| | |", "| --- | ---: |", *lines]) if rows else ""
-
-
-def png(figure: "Figure") -> bytes:
-    """A figure as a picture; without pyplot, whose state is global, since flows have threads."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out)
-    return out.getvalue()
 
 
 def embedded(name: str, image: bytes) -> str:

@@ -202,7 +202,7 @@ def test_a_lost_best_checkpoint_is_said_at_once(here):
     here.losses([9.0, 5.0, 6.0, 7.0, 8.0])
     trainer = here.trainer(max_steps=4, final_weights="best")
     here.run().stop_file.touch()
-    here.monkeypatch.setattr(trainer, "_agree", lambda *_: (1, 1, "stop" * (len(calls) > 2)))
+    here.monkeypatch.setattr(trainer, "_agree", lambda *_: ((1, 1, 1), "stop" * (len(calls) > 2)))
     calls = []
     take = trainer._step
     here.monkeypatch.setattr(trainer, "_step", lambda *a: (calls.append(a), take(*a)))

@@ -32,7 +32,7 @@ STEPS = 40
 @pytest.fixture
 def spec(tmp_path: Path) -> RunSpec:
     values = tiny_spec(tmp_path, "demo", STEPS)
-    values["train"]["save_steps"] = 1000
+    values["train"] |= {"save_steps": 1000, "report_to": ["tensorboard"]}
     values["launch"] = {"device": "cpu", "threads": 1, "retry_delay_seconds": 0}
     return RunSpec.model_validate(values)
 
@@ -76,6 +76,7 @@ def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) 
     assert f"training from step {saved} to {STEPS}" in log
     assert "| load rows.jsonl |" in run.data_file.read_text()
     assert json.loads(run.spec_file.read_text()) == spec.model_dump(mode="json")
+    check_tensorboard(run)
 
     again = states(RunSpec.model_validate(spec.model_dump()))
     assert set(again.values()) == {EventState.CACHED}
@@ -91,6 +92,21 @@ def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) 
     third = states(spec)
     assert third[upload] is EventState.DONE, "the receipt of an upload that is gone was believed"
     assert verify(target).digest == verify(trained).digest
+
+
+def check_tensorboard(run: RunDir) -> None:
+    """Both attempts told it one run, whose result it knows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (run.root / "trackers/tensorboard").iterdir()
+    read = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    told = {event.step: event.value for event in read.Scalars("train/loss")}
+    losses = {r["step"]: r["loss"] for r in run.metrics() if r["kind"] == "train"}
+    assert told == pytest.approx(losses, rel=1e-6) and len(read.Scalars("train/loss")) == STEPS
+    assert {event.step for event in read.Scalars("eval/loss")} == {0, STEPS}
+    lineage = read.Tensors("lineage/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert '"kind": "train"' in lineage and '"kind": "pack"' in lineage
+    assert read.Images("losses")
 
 
 def test_a_stop_meant_for_an_earlier_run_is_forgotten(

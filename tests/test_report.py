@@ -20,6 +20,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from ditty.artifacts import MADE_BY, Store, commit_dir
+from ditty.curves import thin
 from ditty.errors import OutOfMemory, RunError
 from ditty.rundir import Result, RunDir, Status, append_record
 from ditty.spec import RunSpec
@@ -31,7 +32,7 @@ from flows.datareport import data_facts
 from flows.markup import code, escape, fenced, shorten
 from flows.progress import EventState
 from flows.publish import publish_stages, within
-from flows.report import MAX_BYTES, History, artifact_key, markdown, thin
+from flows.report import MAX_BYTES, History, artifact_key, markdown
 from flows.training import Work
 
 
@@ -158,7 +159,7 @@ def test_a_report_is_small_whatever_the_run(run: RunDir) -> None:
 def test_a_picture_that_is_too_large_is_left_out(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.report.PICTURE_BYTES", 100)
+    monkeypatch.setattr("ditty.curves.PICTURE_BYTES", 100)
     append_record(run.metrics_file, train_record(1))
     history = History(run)
     history.read()
