@@ -124,6 +124,11 @@ class Operation(Section):
                 f"method: {self.method}: kwargs.seed is {seed!r}, expected a whole number from 0"
             )
 
+    @property
+    def given(self) -> str:
+        """What the function gets before `kwargs`, in words."""
+        return "the rows" if self.batched or self.method is OperationMethod.SELECT else "the row"
+
     def describe(self) -> str:
         """What people read, e.g. `filter ops.py:is_clean` or `rename_column q, prompt`."""
         if self.function is None:

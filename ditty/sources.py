@@ -64,6 +64,7 @@ def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
     elif kind == "function":
         fn = functions.resolve(part.source)
         identity = {"digest": functions.digest(fn)}
+        functions.check_call(fn, [], {}, part.source)
         identity |= functions.depends_on(fn, {}, part.source)
     else:
         identity = {"id": part.source, "commit": hub_commit(part)}

@@ -201,6 +201,7 @@ def operation_inputs(operation: Operation) -> dict[str, Any]:
         function = functions.resolve(operation.function)
         inputs["function"] = functions.digest(function)
         label = f"operation {operation.describe()}"
+        functions.check_call(function, [operation.given], operation.kwargs, label)
         inputs |= functions.depends_on(function, operation.kwargs, label)
     elif operation.method is OperationMethod.SHUFFLE:
         inputs["numpy"] = metadata.version("numpy")  # whose generator it is
