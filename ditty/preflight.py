@@ -63,8 +63,18 @@ def check_model(spec: RunSpec, line: stages.StageLine) -> None:
 
 
 def check_run(spec: RunSpec, store: Store) -> None:
-    """Raise RunMismatch if this run's name was given to another spec, naming the differences."""
+    """Raise RunMismatch if this run's name was given to another spec, naming the differences.
+
+    A name whose training never began is free, unless a flow of it is alive: a spec is mended after
+    its first stages have failed.
+    """
     run = RunDir.named(spec.name, store.home)
+    if run.has_trained() or run.has_flow():
+        check_spec(spec, run)
+
+
+def check_spec(spec: RunSpec, run: RunDir) -> None:
+    """Raise RunMismatch if the spec in a run directory is another one."""
     saved = read_json(run.spec_file)
     if saved is not None:
         differences = list(spec_differences(saved, spec.model_dump(mode="json")))
