@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ditty.choices import (
     DataFormat,
+    Engine,
     LossOn,
     OperationMethod,
     Overlong,
@@ -208,7 +209,16 @@ class DataSpec(Section):
     """A stage sets rows aside that cannot be used (broken JSON, another type, null where the format
     needs a value), and fails if they are more than this share of those it has read."""
     num_proc: int = Field(default=1, ge=1)
-    """Processes for the row operations; does not change the result."""
+    """Processes for the row operations, and workers for the shards where `engine` is threads or
+    processes; does not change the result."""
+    shards: int = Field(default=1, ge=1)
+    """Tokenize the rows in so many parts, at most one for each 1,000 rows, each of which is kept
+    when a worker is lost; does not change the result."""
+    engine: Engine = Engine.THREADS
+    """What makes the shards: `threads` or `processes` of this machine, or the workers of a cluster
+    (`dask`, `ray`: `pip install 'ditty[dask]'`), which must see DITTY_HOME and the base model."""
+    engine_address: str | None = None
+    """Of the cluster's scheduler, tcp://host:8786 for example."""
 
     @field_validator("packing", mode="before")
     @classmethod
@@ -230,6 +240,14 @@ class DataSpec(Section):
                 f"of {len(self.sources)} sources {len(weighted)} have a weight ({weighted[0]}); "
                 "expected all, or none to take every row of each"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _cluster_has_an_address(self) -> "DataSpec":
+        cluster = self.engine in (Engine.DASK, Engine.RAY)
+        if cluster != (self.engine_address is not None):
+            change = "needs an address: tcp://host:8786" if cluster else "takes none: remove it"
+            raise ValueError(f"engine_address: engine: {self.engine} {change}")
         return self
 
     @property

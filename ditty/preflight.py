@@ -1,16 +1,21 @@
 """What can be known to fail before anything is started is said here, by name."""
 
+import importlib.util
 import uuid
 
 from ditty import basemodel, share, stages
 from ditty.artifacts import Store
-from ditty.choices import Quantization
+from ditty.choices import Engine, Quantization
+from ditty.dataspec import DataSpec
 from ditty.environment import child_environment
-from ditty.errors import RunMismatch, StoreError, cut
+from ditty.errors import RunMismatch, SpecError, StoreError, cut
 from ditty.files import make_dir, read_json
 from ditty.remote import Remote
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec, TrainSpec
+
+CLUSTERS = {Engine.DASK: "prefect_dask", Engine.RAY: "prefect_ray"}
+"""The packages of the extras of these names."""
 
 
 def check(spec: RunSpec, store: Store) -> stages.StageLine:
@@ -27,6 +32,7 @@ def check(spec: RunSpec, store: Store) -> stages.StageLine:
     """
     check_store(store)
     child_environment(spec.launch)
+    check_engine(spec.data)
     line = stages.resolve(spec, store)
     check_model(spec, line)
     check_run(spec, store)
@@ -40,6 +46,16 @@ def check_places(upload_url: str | None = None) -> None:
         Remote(upload_url).check()
     if shared := share.place():
         shared.check()
+
+
+def check_engine(data: DataSpec) -> None:
+    """Raise SpecError unless the package of `data.engine` is installed."""
+    package = CLUSTERS.get(data.engine)
+    if data.shards > 1 and package and importlib.util.find_spec(package) is None:
+        raise SpecError(
+            f"data.engine: {data.engine} needs the package {package}: "
+            f"pip install 'ditty[{data.engine}]', here and where its workers run"
+        )
 
 
 def check_store(store: Store) -> None:
@@ -88,7 +104,7 @@ def check_spec(spec: RunSpec, run: RunDir) -> None:
 def spec_differences(saved: dict, now: dict) -> list[str]:
     """Keys that decide the trained weights and differ between two specs (as JSON)."""
     harmless = {("train", key) for key in stages.HARMLESS_TRAIN_KEYS}
-    harmless |= {("data", "num_proc"), ("data", "max_bad_fraction")}
+    harmless |= {("data", key) for key in stages.HARMLESS_DATA_KEYS}
     if not _evaluation_decides(now):
         harmless.add(("train", "eval_steps"))
     found = []

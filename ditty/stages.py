@@ -24,6 +24,7 @@ VERSIONS: dict[str, int] = {
     "load": 2,
     **dict.fromkeys(OperationMethod, 1),
     "tokenize": 2,
+    "shard": 1,
     "pack": 1,
     "prequantize": 3,
     "train": 2,
@@ -56,6 +57,9 @@ HARMLESS_TRAIN_KEYS = {
     "sample_steps",
     "sample_max_tokens",
 }
+
+# Keys of `data` that leave the rows as they are.
+HARMLESS_DATA_KEYS = {"num_proc", "max_bad_fraction", "shards", "engine", "engine_address"}
 
 
 @dataclass(frozen=True)

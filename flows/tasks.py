@@ -8,7 +8,7 @@ from typing import Any
 from prefect import State, Task, task
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, launch, share, stages
+from ditty import basemodel, datashards, launch, share
 from ditty.artifacts import MANIFEST, Manifest, Store, read_manifest
 from ditty.files import read_json, write_json
 from ditty.promotion import InPlace, Promotions
@@ -17,6 +17,7 @@ from ditty.spec import RunSpec
 from ditty.stages import StageLine, StageRef
 from flows.caching import Reference, cached, reference
 from flows.costs import StageBook
+from flows.engines import run_shards
 from flows.progress import Event, EventState, emit
 from flows.slot import training_slot
 from flows.training import Work, passing, retry_delays, run_attempt
@@ -30,8 +31,8 @@ def fetch_hub(ref: StageRef, base: basemodel.BaseModelRef, store: Store) -> None
 
 @task(name="data", task_run_name="{ref.title}")
 def make_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Reference:
-    """A data stage, in this process."""
-    make = partial(stages.build_data, ref, line, spec, store)
+    """A data stage, in this process but for its shards."""
+    make = partial(datashards.build_data, ref, line, spec, store, run_shards)
     return reference(ref, share.made(ref, store, make))
 
 
