@@ -96,9 +96,9 @@ class Quarantine:
     def take(self, file: Path) -> None:
         """Set aside what is in the file of another one, which told positions as this one does."""
         if file.exists():
-            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-                record = json.loads(line)
-                self._write(record, record["position"])
+            with file.open(encoding="utf-8") as lines:
+                for record in map(json.loads, lines):
+                    self._write(record, record["position"])
 
     def _write(self, record: dict[str, str], told: str) -> None:
         if self._file is None:
