@@ -139,6 +139,19 @@ class Operation(Section):
         return f"{self.method} {Path(self.function).name if absolute else self.function}"
 
 
+SQL = "sql:"
+"""How a source that is a query begins."""
+
+_OF_A_SOURCE = {
+    "subset": None,
+    "split": "train",
+    "revision": None,
+    "connection": None,
+    "version": None,
+}
+"""What says more of one source, with its default."""
+
+
 class SourceSpec(Section):
     """One of several sources; its keys are those of `data` itself."""
 
@@ -150,10 +163,31 @@ class SourceSpec(Section):
     """The split of a hub data set."""
     revision: str | None = None
     """Commit, branch or tag of a hub data set; resolved to a commit."""
+    connection: str | None = None
+    """For a query: the environment variable that holds the database's URL (SQLAlchemy's)."""
+    version: str | None = None
+    """For a query: what its rows are known by, in the place of their content, for which every plan
+    and run reads them all."""
     max_rows: int | None = Field(default=None, ge=1)
     """Read only the first rows of this source."""
     weight: float | None = Field(default=None, gt=0)
     """Its share of the mixed rows, relative to the others' weights; all have one, or none has."""
+
+    @model_validator(mode="after")
+    def _query_has_a_connection(self) -> "SourceSpec":
+        _check_query(self)
+        return self
+
+
+def _check_query(part: "SourceSpec | DataSpec") -> None:
+    """Raise a ValueError unless the keys of a query are there for a query, and for nothing else."""
+    query = part.source is not None and part.source.startswith(SQL)
+    if query and part.connection is None:
+        raise ValueError(f"source: {SQL} needs connection: an environment variable's name")
+    if part.connection is not None and not part.connection.isidentifier():
+        raise ValueError("connection is no name of an environment variable: the URL goes into one")
+    if not query and (part.connection, part.version) != (None, None):
+        raise ValueError(f"connection and version go with source: {SQL}SELECT ..., remove them")
 
 
 class DataSpec(Section):
@@ -162,14 +196,19 @@ class DataSpec(Section):
     source: str | None = None
     """A hub data set; a .jsonl/.json/.csv/.txt file (also .gz, .zst, .bz2) or a .parquet file, a
     folder of such files or a pattern (`data/*.jsonl`); the URL of such a file, or of several by a
-    pattern (s3://, https:// ...); a folder saved by datasets; or `module:function`, which yields
-    rows as dicts."""
+    pattern (s3://, https:// ...); a folder saved by datasets; `module:function`, which yields
+    rows as dicts; or `sql:SELECT ... ORDER BY ...`."""
     subset: str | None = None
     """The configuration's name of a hub data set."""
     split: str = "train"
     """The split of a hub data set."""
     revision: str | None = None
     """Commit, branch or tag of a hub data set; resolved to a commit."""
+    connection: str | None = None
+    """For a query: the environment variable that holds the database's URL (SQLAlchemy's)."""
+    version: str | None = None
+    """For a query: what its rows are known by, in the place of their content, for which every plan
+    and run reads them all."""
     max_rows: int | None = Field(default=None, ge=1)
     """Read only the first rows of the source, or of the mixture."""
     sources: list[SourceSpec] = Field(default_factory=list)
@@ -232,8 +271,11 @@ class DataSpec(Section):
         if (self.source is None) == (not self.sources):
             got = "neither" if self.source is None else "both"
             raise ValueError(f"expected source, or sources for several; got {got}")
-        if self.sources and (self.subset, self.split, self.revision) != (None, "train", None):
-            raise ValueError("subset, split and revision go into each of sources, not beside them")
+        if self.source is not None:
+            _check_query(self)
+        if self.sources and any(getattr(self, k) != _OF_A_SOURCE[k] for k in _OF_A_SOURCE):
+            names = ", ".join(_OF_A_SOURCE)
+            raise ValueError(f"{names} go into each of sources, not beside them")
         weighted = [part.source for part in self.sources if part.weight is not None]
         if weighted and len(weighted) < len(self.sources):
             raise ValueError(
@@ -255,7 +297,7 @@ class DataSpec(Section):
         """The sources, one or several, each with its own limit of rows."""
         if self.source is None:
             return self.sources
-        keys = ("source", "subset", "split", "revision", "max_rows")
+        keys = ("source", *_OF_A_SOURCE, "max_rows")
         return [SourceSpec.model_validate({key: getattr(self, key) for key in keys})]
 
     @model_validator(mode="after")

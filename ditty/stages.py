@@ -15,7 +15,7 @@ from ditty import basemodel, functions, quarantine, sources
 from ditty.artifacts import Manifest, Store, read_manifest
 from ditty.choices import OperationMethod, Precision, Quantization
 from ditty.dataspec import Operation
-from ditty.errors import DataError
+from ditty.errors import DataError, cut
 from ditty.files import canonical_json, sha256_bytes
 from ditty.spec import RunSpec
 
@@ -171,7 +171,8 @@ def _fetch_refs(base: basemodel.BaseModelRef) -> Iterator[StageRef]:
 
 def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
     data = spec.data
-    title = f"load {_short(data.source) if data.source else f'{len(data.sources)} sources'}"
+    named = _short(data.source) if data.source else f"{len(data.sources)} sources"
+    title = f"load {cut(named, 60)}"
     refs = [make_ref("load", title, {"source": sources.identify(data)})]
     for operation in data.operations:
         inputs = {"rows": refs[-1].key, **operation_inputs(operation)}
