@@ -202,6 +202,12 @@ def shards_begun(log: Path) -> Counter[str]:
     )
 
 
+def assert_one_was_made_twice(spec: RunSpec, home: Path, expected: Manifest) -> None:
+    key = stages.resolve(spec, Store(home)).need("tokenize").key
+    assert contents(read_manifest(Store(home).path("tokenize", key))) == contents(expected)
+    assert sorted(shards_begun(home / "passes.log").values()) == [1, 1, 1, 2]
+
+
 def whole_and_slow(folder: Path, home: Path, **data: Any) -> tuple[Manifest, RunSpec]:
     data |= {"shards": 4, "overlong": "truncate"}
     spec = spec_of(folder, **data)
@@ -224,9 +230,7 @@ def test_a_dask_worker_that_is_killed_costs_one_shard(
         kill = KillOne(home, lambda: [n.pid for n in nannies if n.pid])
         assert data_flow(spec, Store(home))[-1] is EventState.DONE
         assert kill.killed and kill.killed not in [n.pid for n in nannies]
-    key = stages.resolve(spec, Store(home)).need("tokenize").key
-    assert contents(read_manifest(Store(home).path("tokenize", key))) == contents(expected)
-    assert sorted(shards_begun(log).values()) == [1, 1, 1, 2]
+    assert_one_was_made_twice(spec, home, expected)
 
 
 @pytest.mark.slow
@@ -242,9 +246,7 @@ def test_a_process_that_is_killed_costs_one_shard(
     kill = KillOne(home, lambda: [child.pid for child in below(recursive=True)])
     assert data_flow(spec, Store(home))[-1] is EventState.DONE
     assert kill.killed
-    key = stages.resolve(spec, Store(home)).need("tokenize").key
-    assert contents(read_manifest(Store(home).path("tokenize", key))) == contents(expected)
-    assert sorted(shards_begun(log).values()) == [1, 1, 1, 2]
+    assert_one_was_made_twice(spec, home, expected)
 
 
 @pytest.mark.slow
