@@ -56,6 +56,15 @@ class Overlong(StrEnum):
     ERROR = "error"
 
 
+class Engine(StrEnum):
+    """What makes the shards: threads or processes here, or a cluster's workers."""
+
+    THREADS = "threads"
+    PROCESSES = "processes"
+    DASK = "dask"
+    RAY = "ray"
+
+
 class Packing(StrEnum):
     """How short rows share one.
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ditty.choices import (
     DataFormat,
+    Engine,
     LossOn,
     OperationMethod,
     Overlong,
@@ -124,6 +125,11 @@ class Operation(Section):
                 f"method: {self.method}: kwargs.seed is {seed!r}, expected a whole number from 0"
             )
 
+    @property
+    def given(self) -> str:
+        """What the function gets before `kwargs`, in words."""
+        return "the rows" if self.batched or self.method is OperationMethod.SELECT else "the row"
+
     def describe(self) -> str:
         """What people read, e.g. `filter ops.py:is_clean` or `rename_column q, prompt`."""
         if self.function is None:
@@ -131,6 +137,19 @@ class Operation(Section):
             return cut(text, 60)
         absolute = self.function.startswith("/")
         return f"{self.method} {Path(self.function).name if absolute else self.function}"
+
+
+SQL = "sql:"
+"""How a source that is a query begins."""
+
+_OF_A_SOURCE = {
+    "subset": None,
+    "split": "train",
+    "revision": None,
+    "connection": None,
+    "version": None,
+}
+"""What says more of one source, with its default."""
 
 
 class SourceSpec(Section):
@@ -144,10 +163,31 @@ class SourceSpec(Section):
     """The split of a hub data set."""
     revision: str | None = None
     """Commit, branch or tag of a hub data set; resolved to a commit."""
+    connection: str | None = None
+    """For a query: the environment variable that holds the database's URL (SQLAlchemy's)."""
+    version: str | None = None
+    """For a query: what its rows are known by, in the place of their content, for which every plan
+    and run reads them all."""
     max_rows: int | None = Field(default=None, ge=1)
     """Read only the first rows of this source."""
     weight: float | None = Field(default=None, gt=0)
     """Its share of the mixed rows, relative to the others' weights; all have one, or none has."""
+
+    @model_validator(mode="after")
+    def _query_has_a_connection(self) -> "SourceSpec":
+        _check_query(self)
+        return self
+
+
+def _check_query(part: "SourceSpec | DataSpec") -> None:
+    """Raise a ValueError unless the keys of a query are there for a query, and for nothing else."""
+    query = part.source is not None and part.source.startswith(SQL)
+    if query and part.connection is None:
+        raise ValueError(f"source: {SQL} needs connection: an environment variable's name")
+    if part.connection is not None and not part.connection.isidentifier():
+        raise ValueError("connection is no name of an environment variable: the URL goes into one")
+    if not query and (part.connection, part.version) != (None, None):
+        raise ValueError(f"connection and version go with source: {SQL}SELECT ..., remove them")
 
 
 class DataSpec(Section):
@@ -156,14 +196,19 @@ class DataSpec(Section):
     source: str | None = None
     """A hub data set; a .jsonl/.json/.csv/.txt file (also .gz, .zst, .bz2) or a .parquet file, a
     folder of such files or a pattern (`data/*.jsonl`); the URL of such a file, or of several by a
-    pattern (s3://, https:// ...); a folder saved by datasets; or `module:function`, which yields
-    rows as dicts."""
+    pattern (s3://, https:// ...); a folder saved by datasets; `module:function`, which yields
+    rows as dicts; or `sql:SELECT ... ORDER BY ...`."""
     subset: str | None = None
     """The configuration's name of a hub data set."""
     split: str = "train"
     """The split of a hub data set."""
     revision: str | None = None
     """Commit, branch or tag of a hub data set; resolved to a commit."""
+    connection: str | None = None
+    """For a query: the environment variable that holds the database's URL (SQLAlchemy's)."""
+    version: str | None = None
+    """For a query: what its rows are known by, in the place of their content, for which every plan
+    and run reads them all."""
     max_rows: int | None = Field(default=None, ge=1)
     """Read only the first rows of the source, or of the mixture."""
     sources: list[SourceSpec] = Field(default_factory=list)
@@ -203,7 +248,16 @@ class DataSpec(Section):
     """A stage sets rows aside that cannot be used (broken JSON, another type, null where the format
     needs a value), and fails if they are more than this share of those it has read."""
     num_proc: int = Field(default=1, ge=1)
-    """Processes for the row operations; does not change the result."""
+    """Processes for the row operations, and workers for the shards where `engine` is threads or
+    processes; does not change the result."""
+    shards: int = Field(default=1, ge=1)
+    """Tokenize the rows in so many parts, at most one for each 1,000 rows, each of which is kept
+    when a worker is lost; does not change the result."""
+    engine: Engine = Engine.THREADS
+    """What makes the shards: `threads` or `processes` of this machine, or the workers of a cluster
+    (`dask`, `ray`: `pip install 'ditty[dask]'`), which must see DITTY_HOME and the base model."""
+    engine_address: str | None = None
+    """Of the cluster's scheduler, tcp://host:8786 for example."""
 
     @field_validator("packing", mode="before")
     @classmethod
@@ -217,8 +271,11 @@ class DataSpec(Section):
         if (self.source is None) == (not self.sources):
             got = "neither" if self.source is None else "both"
             raise ValueError(f"expected source, or sources for several; got {got}")
-        if self.sources and (self.subset, self.split, self.revision) != (None, "train", None):
-            raise ValueError("subset, split and revision go into each of sources, not beside them")
+        if self.source is not None:
+            _check_query(self)
+        if self.sources and any(getattr(self, k) != _OF_A_SOURCE[k] for k in _OF_A_SOURCE):
+            names = ", ".join(_OF_A_SOURCE)
+            raise ValueError(f"{names} go into each of sources, not beside them")
         weighted = [part.source for part in self.sources if part.weight is not None]
         if weighted and len(weighted) < len(self.sources):
             raise ValueError(
@@ -227,12 +284,20 @@ class DataSpec(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _cluster_has_an_address(self) -> "DataSpec":
+        cluster = self.engine in (Engine.DASK, Engine.RAY)
+        if cluster != (self.engine_address is not None):
+            change = "needs an address: tcp://host:8786" if cluster else "takes none: remove it"
+            raise ValueError(f"engine_address: engine: {self.engine} {change}")
+        return self
+
     @property
     def parts(self) -> list[SourceSpec]:
         """The sources, one or several, each with its own limit of rows."""
         if self.source is None:
             return self.sources
-        keys = ("source", "subset", "split", "revision", "max_rows")
+        keys = ("source", *_OF_A_SOURCE, "max_rows")
         return [SourceSpec.model_validate({key: getattr(self, key) for key in keys})]
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@
         ├── RunMismatch      the run directory belongs to another spec
         ├── RunBusy          another process holds the run (retryable)
         ├── Preempted        it was asked to stop and saved (retryable)
-        ├── Crashed          the training process vanished without a word (retryable)
+        ├── Crashed          a process vanished without a word (retryable)
         └── OutOfMemory      it did not fit; an identical attempt would not either
 
 A user's mistake is one of these and is printed without a traceback. Anything else is our bug.
@@ -96,7 +96,7 @@ class Preempted(RunError):
 
 
 class Crashed(RunError):
-    """The training process vanished without writing a result."""
+    """A process, of a training or a worker of the shards, vanished without a result."""
 
     retryable = True
 

@@ -8,10 +8,11 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,38 @@ def resolve(ref: str) -> Callable[..., Any]:
     if not callable(value):
         raise DataError(f"{ref} is a {type(value).__name__}, expected a function")
     return value
+
+
+def check_call(
+    fn: Callable[..., Any], given: Sequence[str], kwargs: dict[str, Any], what: str
+) -> None:
+    """Raise a DataError if `fn` does not take such a call: here, not when its stage runs.
+
+    Args:
+        given: what it gets by position, in words.
+        what: the call's name, for errors.
+    """
+    signature = inspect.signature(fn)
+    try:
+        signature.bind(*given, **kwargs)
+        return
+    except TypeError as error:
+        problem, hint = str(error), ""
+    by_name = {p.name: p for p in signature.parameters.values() if p.kind in _BY_NAME}
+    for parameter in list(signature.parameters.values())[: len(given)]:
+        by_name.pop(parameter.name, None)  # it is taken
+    needed = [n for n, p in by_name.items() if p.default is p.empty and n not in kwargs]
+    if unknown := [name for name in kwargs if name not in by_name]:
+        problem, hint = f"no argument {unknown[0]!r}", _nearest(unknown[0], list(by_name))
+    elif needed:
+        problem = f"it needs the argument {' and '.join(map(repr, needed))}"
+    after = " and ".join(given) or "nothing"
+    raise DataError(
+        f"{what}: {problem}; after {after} it takes {', '.join(by_name) or 'none'}{hint}"
+    )
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def depends_on(fn: Callable[..., Any], kwargs: dict[str, Any], what: str) -> dict[str, Any]:

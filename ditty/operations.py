@@ -123,10 +123,10 @@ class _Call:
         self.operation = operation
         self.label = label
 
-    def __call__(self, row: Any, index: Any, **kwargs: Any) -> Any:
+    def __call__(self, row: Any, index: Any) -> Any:
         """Call it with a row and its number, or with columns and a list of numbers."""
         try:
-            result = self.function(row, **kwargs)
+            result = self.function(row, **self.operation.kwargs)
         except DittyError:
             raise
         except Exception as error:  # the user's code ran: anything can come out of it
@@ -159,7 +159,6 @@ def _by_row(before: Any, call: _Call, scratch: Path, num_proc: int) -> Any:
     operation = call.operation
     options: dict[str, Any] = {
         "with_indices": True,
-        "fn_kwargs": operation.kwargs,
         "batched": operation.batched,
         "num_proc": num_proc if num_proc > 1 and not operation.batched else None,
         "load_from_cache_file": False,

@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ditty import basemodel, preflight, share, stages
+from ditty import basemodel, datashards, preflight, share, stages
 from ditty.artifacts import Manifest, Store
 from ditty.environment import resolve_device
 from ditty.errors import LESS_MEMORY
@@ -66,6 +66,7 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
         DittyError: the run could not start; see preflight.check.
     """
     preflight.check_store(store)
+    preflight.check_engine(spec.data)
     line = stages.resolve(spec, store)
     preflight.check_model(spec, line)
     preflight.check_run(spec, store)
@@ -136,6 +137,8 @@ def _planned(
         why = f"not in the store; after {first.stage}"
     else:
         why = "not in the store"
+    if datashards.is_sharded(ref, spec.data):
+        why += f"; in {spec.data.shards} shards, by {spec.data.engine}"
     if ref.stage == "train":
         steps = RunDir.named(spec.name, store.home).committed_steps()
         why += f"; resumes from step {steps[-1]}" if steps else ""

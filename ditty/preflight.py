@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from ditty import basemodel, evaltasks, share, stages
 from ditty.artifacts import Store
-from ditty.choices import Quantization, Tracker
+from ditty.choices import Engine, Quantization, Tracker
+from ditty.dataspec import DataSpec
 from ditty.environment import child_environment
 from ditty.errors import RunMismatch, SpecError, StoreError, cut
 from ditty.files import make_dir, read_json
@@ -14,6 +15,9 @@ from ditty.identity import GUARD_KEYS
 from ditty.remote import Remote
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec, TrainSpec
+
+CLUSTERS = {Engine.DASK: "prefect_dask", Engine.RAY: "prefect_ray"}
+"""The packages of the extras of these names."""
 
 
 def check(spec: RunSpec, store: Store) -> stages.StageLine:
@@ -31,6 +35,7 @@ def check(spec: RunSpec, store: Store) -> stages.StageLine:
     check_store(store)
     child_environment(spec.launch)
     check_trackers(spec.train.report_to, spec.launch.environment)
+    check_engine(spec.data)
     line = stages.resolve(spec, store)
     check_model(spec, line)
     check_tasks(spec)
@@ -61,6 +66,16 @@ def check_tasks(spec: RunSpec) -> None:
                 f"evaluate.require names {measure}, and evaluate.tasks measures only "
                 f"{', '.join(sorted(names))}"
             )
+
+
+def check_engine(data: DataSpec) -> None:
+    """Raise SpecError unless the package of `data.engine` is installed."""
+    package = CLUSTERS.get(data.engine)
+    if data.shards > 1 and package and importlib.util.find_spec(package) is None:
+        raise SpecError(
+            f"data.engine: {data.engine} needs the package {package}: "
+            f"pip install 'ditty[{data.engine}]', here and where its workers run"
+        )
 
 
 def check_store(store: Store) -> None:
@@ -103,8 +118,18 @@ def check_model(spec: RunSpec, line: stages.StageLine) -> None:
 
 
 def check_run(spec: RunSpec, store: Store) -> None:
-    """Raise RunMismatch if this run's name was given to another spec, naming the differences."""
+    """Raise RunMismatch if this run's name was given to another spec, naming the differences.
+
+    A name whose training never began is free, unless a flow of it is alive: a spec is mended after
+    its first stages have failed.
+    """
     run = RunDir.named(spec.name, store.home)
+    if run.has_trained() or run.has_flow():
+        check_spec(spec, run)
+
+
+def check_spec(spec: RunSpec, run: RunDir) -> None:
+    """Raise RunMismatch if the spec in a run directory is another one."""
     saved = read_json(run.spec_file)
     if saved is not None:
         differences = list(spec_differences(saved, spec.model_dump(mode="json")))
@@ -119,7 +144,7 @@ def spec_differences(saved: dict, now: dict) -> list[str]:
     """Keys that decide the trained weights and differ between two specs (as JSON)."""
     harmless = {("train", key) for key in stages.HARMLESS_TRAIN_KEYS}
     harmless |= {("train", key) for key in GUARD_KEYS}  # the checkpoint itself knows better
-    harmless |= {("data", "num_proc"), ("data", "max_bad_fraction")}
+    harmless |= {("data", key) for key in stages.HARMLESS_DATA_KEYS}
     if not _evaluation_decides(now):
         harmless.add(("train", "eval_steps"))
     found = []

@@ -91,13 +91,24 @@ class Quarantine:
             "detail": bad.detail,
             "excerpt": excerpt,
         }
+        self._write(record, self._tell(position))
+
+    def take(self, file: Path) -> None:
+        """Set aside what is in the file of another one, which told positions as this one does."""
+        if file.exists():
+            with file.open(encoding="utf-8") as lines:
+                for record in map(json.loads, lines):
+                    self._write(record, record["position"])
+
+    def _write(self, record: dict[str, str], told: str) -> None:
         if self._file is None:
             self._file = self._path.open("w", encoding="utf-8")
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.reasons[bad.reason] += 1
-        places, _ = self._first.setdefault(bad.reason, ([], bad.detail or excerpt))
+        self.reasons[record["reason"]] += 1
+        example = record["detail"] or record["excerpt"]
+        places, _ = self._first.setdefault(record["reason"], ([], example))
         if len(places) < TOLD_POSITIONS:
-            places.append(self._tell(position))
+            places.append(told)
 
     def where(self, position: Any) -> str:
         """A position as a person would look it up: `rows.jsonl, line 7`."""

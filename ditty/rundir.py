@@ -108,6 +108,10 @@ class RunDir:
             return []
         return sorted(p for p in parent.iterdir() if p.name.isdigit())
 
+    def has_trained(self) -> bool:
+        """Whether a training has begun here, or its result was found: the name is its spec's."""
+        return bool(self.attempts("train") or self.committed_steps() or self.trained_file.exists())
+
     def committed_steps(self) -> list[int]:
         """Steps with a committed checkpoint, ascending; their content is not verified here."""
         if not self.checkpoints.is_dir():

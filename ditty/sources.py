@@ -6,13 +6,13 @@
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty import columnar, datafiles, functions, mixing, remotefiles, rows, tables
+from ditty import columnar, datafiles, functions, mixing, remotefiles, rows, sqlrows, tables
 from ditty.datafiles import DataFile
 from ditty.dataspec import COLUMNS, DataSpec, SourceSpec
 from ditty.errors import DataError
@@ -64,7 +64,10 @@ def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
     elif kind == "function":
         fn = functions.resolve(part.source)
         identity = {"digest": functions.digest(fn)}
+        functions.check_call(fn, [], {}, part.source)
         identity |= functions.depends_on(fn, {}, part.source)
+    elif kind == "sql":
+        identity = sqlrows.identify(part)
     else:
         identity = {"id": part.source, "commit": hub_commit(part)}
         identity |= {"subset": part.subset, "split": part.split}
@@ -139,8 +142,7 @@ def _load(
                 yielded = islice(_generated(part.source), part.max_rows)
                 rows.write_rows(yielded, out / DATA, quarantine)
         else:
-            commit = identity.get("commit") or hub_commit(part) if kind == "hub" else ""
-            schema, found = _hub(part, commit) if commit else _saved_folder(part)
+            schema, found = _tables(part, kind, Path(scratch), identity)
             batches = columnar.valid_text(columnar.first(found, part.max_rows), quarantine)
             tables.write(out / DATA, batches, schema)
     kept = tables.read(out / DATA).num_rows
@@ -148,6 +150,17 @@ def _load(
         quarantine.check()
         raise DataError(f"{part.source} has no rows")
     return kept
+
+
+def _tables(
+    part: SourceSpec, kind: str, scratch: Path, identity: dict[str, Any]
+) -> "tuple[pa.Schema, Iterable[pa.Table]]":
+    """The rows of a query, a hub data set or a folder saved by datasets."""
+    if kind == "sql":
+        return sqlrows.read(part, scratch, identity)
+    if kind == "hub":
+        return _hub(part, identity.get("commit") or hub_commit(part))
+    return _saved_folder(part)
 
 
 def _files(part: SourceSpec, scratch: Path, identity: dict[str, Any]) -> list[DataFile]:
@@ -199,7 +212,9 @@ def load_files(
 
 
 def _kind(source: str) -> str:
-    """`files`, `url` (of files), `folder` (saved by datasets), `function` or `hub`."""
+    """`sql`, `files`, `url` (of files), `folder` (saved by datasets), `function` or `hub`."""
+    if sqlrows.is_query(source):
+        return "sql"
     if remotefiles.is_url(source):
         return "url"
     path = _path(source)

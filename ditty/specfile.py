@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ditty import datafiles
+from ditty.dataspec import SQL
 from ditty.errors import SpecError
 from ditty.s3 import scrub
 from ditty.spec import RunSpec
@@ -113,7 +114,7 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
     def absolute(section: Any, key: str) -> None:
         if not isinstance(section, dict) or not isinstance(section.get(key), str):
             return
-        if "://" in section[key]:
+        if "://" in section[key] or section[key].startswith(SQL):
             return
         text, colon, name = section[key].partition(":")
         if Path(text).is_absolute():

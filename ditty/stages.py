@@ -15,7 +15,7 @@ from ditty import basemodel, evaltasks, functions, quarantine, sources
 from ditty.artifacts import Manifest, Store, read_manifest
 from ditty.choices import OnAnomaly, OperationMethod, Precision, Quantization
 from ditty.dataspec import Operation
-from ditty.errors import DataError
+from ditty.errors import DataError, cut
 from ditty.files import canonical_json, sha256_bytes
 from ditty.spec import RunSpec
 
@@ -24,6 +24,7 @@ VERSIONS: dict[str, int] = {
     "load": 2,
     **dict.fromkeys(OperationMethod, 1),
     "tokenize": 2,
+    "shard": 1,
     "pack": 1,
     "prequantize": 3,
     "train": 2,
@@ -60,6 +61,9 @@ HARMLESS_TRAIN_KEYS = {
     "sample_max_tokens",
     "report_to",
 }
+
+# Keys of `data` that leave the rows as they are.
+HARMLESS_DATA_KEYS = {"num_proc", "max_bad_fraction", "shards", "engine", "engine_address"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,8 @@ def _fetch_refs(base: basemodel.BaseModelRef) -> Iterator[StageRef]:
 
 def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
     data = spec.data
-    title = f"load {_short(data.source) if data.source else f'{len(data.sources)} sources'}"
+    named = _short(data.source) if data.source else f"{len(data.sources)} sources"
+    title = f"load {cut(named, 60)}"
     refs = [make_ref("load", title, {"source": sources.identify(data)})]
     for operation in data.operations:
         inputs = {"rows": refs[-1].key, **operation_inputs(operation)}
@@ -205,6 +210,7 @@ def operation_inputs(operation: Operation) -> dict[str, Any]:
         function = functions.resolve(operation.function)
         inputs["function"] = functions.digest(function)
         label = f"operation {operation.describe()}"
+        functions.check_call(function, [operation.given], operation.kwargs, label)
         inputs |= functions.depends_on(function, operation.kwargs, label)
     elif operation.method is OperationMethod.SHUFFLE:
         inputs["numpy"] = metadata.version("numpy")  # whose generator it is

@@ -30,15 +30,22 @@ SHORTEST_BIN = 8
 """Tokens; the bins of lengths are powers of two from here on."""
 TRAIN = "train.arrow"
 EVAL = "eval.arrow"
+PLACES = "places.arrow"
+"""Of a part: `fraction` (float64) and `number` (int64) of each row in EVAL, see `row_fraction`."""
 
 
-def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> dict[str, Any]:
+def tokenize(
+    data: DataSpec, tokenizer_dir: Path, source: Path, out: Path, part: range | None = None
+) -> dict[str, Any]:
     """Turn `source/data.arrow` into `out/train.arrow` and `out/eval.arrow`.
 
     Both have the columns input_ids and labels (list<int32>), 2 to `seq_len` tokens a row, in the
     order of the source. A row that cannot be read goes to `out/quarantine.jsonl`. A row is held out
     by a hash of its content, so equal rows go the same way.
 
+    Args:
+        part: tokenize these rows alone, for `ditty.datashards.merge`, which checks what is checked
+            of all rows; with `eval_max_rows` there is also `out/places.arrow`.
     Returns:
         rows, train_rows, eval_rows, eval_unused (held out beyond eval_max_rows), dropped (reason
         -> rows: `empty`, `overlong`, `no_supervised_token`, `truncated_supervision`,
@@ -55,45 +62,63 @@ def tokenize(data: DataSpec, tokenizer_dir: Path, source: Path, out: Path) -> di
     table = tables.read(source / DATA)
     columns = find_columns(data, table.column_names)
     encode = make_encoder(data, load_tokenizer(tokenizer_dir, data.chat_template))
-    counts, held_out = _Counts(), _HeldOut(data)
+    wanted = range(table.num_rows) if part is None else part
+    counts, held_out = _Counts(first=wanted.start), _HeldOut(data)
+    table = table.select(list(columns.values())).slice(wanted.start, len(wanted))
     with (
-        Quarantine(out, "the rows to tokenize", data.max_bad_fraction) as quarantine,
+        quarantine_in(out, data.max_bad_fraction) as quarantine,
         tables.TableWriter(out / TRAIN, token_schema()) as train,
         tables.TableWriter(out / EVAL, token_schema()) as evaluation,
     ):
-        for rows, tried in _encoded(table.select(list(columns.values())), columns, encode):
+        for rows, tried in _encoded(table, columns, encode, wanted.start):
             quarantine.read += len(rows)
             kept = []
             for row, encoded in zip(rows, tried, strict=True):
                 if isinstance(encoded, BadRow):
-                    quarantine.add(counts.rows, encoded)
-                fitting = counts.fit(encoded, data)
-                if fitting is not None and not held_out.takes(counts.rows, row, fitting):
+                    quarantine.add(counts.number, encoded)
+                number, fitting = counts.number, counts.fit(encoded, data)
+                if fitting is not None and not held_out.takes(number, row, fitting):
                     kept.append(fitting)
             train.write(_token_table(kept, counts.tokens))
             evaluation.write(_token_table(held_out.settled(), counts.eval_tokens))
+        if part is not None and data.eval_max_rows is not None:
+            tables.write(out / PLACES, [held_out.places()], place_schema())
         evaluation.write(_token_table(held_out.rest(), counts.eval_tokens))
         facts = counts.facts(train.rows, evaluation.rows, held_out.unused)
-        facts["quarantined"] = quarantine.settle(counts.rows - counts.bad)
-    if train.rows == 0:
-        raise DataError(f"no row is left to train on: {facts}")
+        facts["quarantined"] = dict(quarantine.reasons)
+        if part is None:
+            facts["quarantined"] = quarantine.settle(counts.rows - counts.bad)
+            check_left(facts)
     return facts
 
 
+def quarantine_in(out: Path, max_bad_fraction: float) -> Quarantine:
+    """Of rows that cannot be tokenized."""
+    return Quarantine(out, "the rows to tokenize", max_bad_fraction)
+
+
+def check_left(facts: dict[str, Any]) -> None:
+    """Raise a DataError if, as `tokenize` counts, no row is left to train on."""
+    if facts["train_rows"] == 0:
+        raise DataError(f"no row is left to train on: {facts}")
+
+
 def _encoded(
-    table: "pa.Table", columns: dict[str, str], encode: Encoder
+    table: "pa.Table", columns: dict[str, str], encode: Encoder, first: int
 ) -> Iterator[tuple[list[Row], list[Encoded | BadRow]]]:
     """Rows of standard names and what they are as tokens, in batches, one ahead.
 
     The library that encodes leaves the interpreter to others: what is made of a batch while the
     next one is encoded costs no time.
+
+    Args:
+        first: the number of the table's first row.
     """
 
     def work(batch: "pa.RecordBatch", first: int) -> tuple[list[Row], list[Encoded | BadRow]]:
         rows = [dict(zip(columns, row.values(), strict=True)) for row in batch.to_pylist()]
         return rows, encode_rows(rows, columns, encode, first)
 
-    first = 0
     before: Future[tuple[list[Row], list[Encoded | BadRow]]] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="ditty encode") as thread:
         for batch in table.to_batches(tables.BATCH_ROWS):
@@ -199,6 +224,13 @@ def token_schema() -> "pa.Schema":
     return pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 
 
+def place_schema() -> "pa.Schema":
+    """Of the table in PLACES."""
+    import pyarrow as pa
+
+    return pa.schema([("fraction", pa.float64()), ("number", pa.int64())])
+
+
 def _token_table(rows: Sequence[Encoded], tokens: Counter[str]) -> "pa.Table":
     """Rows as a table; adds what is in them to `tokens`."""
     import numpy as np
@@ -213,8 +245,9 @@ def _token_table(rows: Sequence[Encoded], tokens: Counter[str]) -> "pa.Table":
 
 @dataclass
 class _Counts:
-    """What became of the rows so far."""
+    """What became of the rows so far, which are numbered from `first`."""
 
+    first: int = 0
     rows: int = 0
     bad: int = 0
     truncated: int = 0
@@ -224,9 +257,14 @@ class _Counts:
     tokens: Counter[str] = field(default_factory=Counter)
     eval_tokens: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def number(self) -> int:
+        """Of the next row."""
+        return self.first + self.rows
+
     def fit(self, row: Encoded | BadRow, data: DataSpec) -> Encoded | None:
         """The row as it is used, at most `seq_len` tokens; None: bad or dropped, and counted."""
-        number = self.rows
+        number = self.number
         self.rows += 1
         if isinstance(row, BadRow):
             self.bad += 1
@@ -298,6 +336,16 @@ class _HeldOut:
         self.unused += len(self._held[self._limit :])
         del self._held[self._limit :]
         return []
+
+    def places(self) -> "pa.Table":
+        """Fraction and number of the rows that `rest` would return, which are bounded here."""
+        import pyarrow as pa
+
+        settled = self.settled()
+        assert not settled, "without eval_max_rows each row's place is certain"
+        kept = sorted((number, fraction) for fraction, number, _ in self._held)
+        columns = [[fraction for _, fraction in kept], [number for number, _ in kept]]
+        return pa.table(columns, schema=place_schema())
 
     def rest(self) -> list[Encoded]:
         """The rows still kept here, in the order of the source."""

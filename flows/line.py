@@ -7,7 +7,7 @@ from typing import Any
 
 from ditty import preflight, stages
 from ditty.artifacts import Store
-from ditty.files import locked, make_dir, write_json
+from ditty.files import GLANCE_SECONDS, FileLock, locked, make_dir, write_json
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
 from ditty.stages import StageLine
@@ -52,17 +52,19 @@ def train(call: Caller, line: StageLine) -> Prepared:
         DittyError: what else stopped it.
     """
     spec, store = call.spec, call.store
-    begin(spec, store)
-    with locked(RunDir.named(spec.name, store.home).flow_lock, shared=True):
+    run = RunDir.named(spec.name, store.home)
+    begin(spec, run)
+    with locked(run.flow_lock, shared=True):
+        preflight.check_spec(spec, run)  # another flow may have begun in between
         prepared = prepare(call, line)
         line = prepared.line
         ref = line.need("train")
         done = [*prepared.done, call.cached(tasks.train, ref, prepared.work)]
-        leave_word(spec, store, ref.key, [NOT_CHECKED] if spec.evaluate.require else [])
+        leave_word(spec, run, ref.key, [NOT_CHECKED] if spec.evaluate.require else [])
         publish_lineage(store.path(ref.stage, ref.key), spec.name, store)
         call.book.trained = spec.name
         failed = failed_gates(call, line, prepared.work)
-        leave_word(spec, store, ref.key, failed)
+        leave_word(spec, run, ref.key, failed)
         if failed:
             raise gate_error(spec.name, failed, str(store.path(ref.stage, ref.key)))
         if upload := line.only("upload"):
@@ -70,22 +72,35 @@ def train(call: Caller, line: StageLine) -> Prepared:
     return replace(prepared, done=tuple(done))
 
 
-def leave_word(spec: RunSpec, store: Store, train: str, failed: list[str]) -> None:
+def leave_word(spec: RunSpec, run: RunDir, train: str, failed: list[str]) -> None:
     """Which training the run has finished, for `export`.
 
     Args:
         failed: why its result may not leave the store; see `flows.measure`.
     """
     word = {"train": train, "spec": spec.model_dump(mode="json"), "failed_gates": failed}
-    write_json(RunDir.named(spec.name, store.home).trained_file, word)
+    write_json(run.trained_file, word)
 
 
-def begin(spec: RunSpec, store: Store) -> None:
-    """Make the run's directory, and forget a stop that was meant for an earlier run."""
-    run = RunDir.named(spec.name, store.home)
+def begin(spec: RunSpec, run: RunDir) -> None:
+    """Make the run's directory with its spec, and forget a stop that was meant for an earlier run.
+
+    Until a training has begun, a spec takes the place of an earlier one, if no flow is alive that
+    works by that.
+
+    Raises:
+        RunMismatch: the name is another spec's.
+    """
     make_dir(run.root)
-    if not run.spec_file.exists():
-        write_json(run.spec_file, spec.model_dump(mode="json"))
+    lock = FileLock(run.flow_lock)
+    alone = lock.acquire(timeout=GLANCE_SECONDS)
+    try:
+        if not run.spec_file.exists() or (alone and not run.has_trained()):
+            write_json(run.spec_file, spec.model_dump(mode="json"))
+    finally:
+        if alone:
+            lock.release()
+    preflight.check_spec(spec, run)
     run.stop_file.unlink(missing_ok=True)
 
 

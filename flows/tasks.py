@@ -9,7 +9,7 @@ from prefect import State, Task, task
 from prefect.blocks.system import Secret
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, hubpush, launch, share, stages
+from ditty import basemodel, datashards, hubpush, launch, share
 from ditty import package as packages
 from ditty.artifacts import MANIFEST, Manifest, Store, read_manifest
 from ditty.files import read_json, write_json
@@ -19,6 +19,7 @@ from ditty.spec import RunSpec
 from ditty.stages import StageLine, StageRef
 from flows.caching import Reference, cached, reference
 from flows.costs import StageBook
+from flows.engines import run_shards
 from flows.progress import Event, EventState, emit
 from flows.slot import training_slot
 from flows.training import Work, passing, retry_delays, run_attempt
@@ -34,8 +35,8 @@ def fetch_hub(ref: StageRef, base: basemodel.BaseModelRef, store: Store) -> None
 
 @task(name="data", task_run_name="{ref.title}")
 def make_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Reference:
-    """A data stage, in this process."""
-    make = partial(stages.build_data, ref, line, spec, store)
+    """A data stage, in this process but for its shards."""
+    make = partial(datashards.build_data, ref, line, spec, store, run_shards)
     return reference(ref, share.made(ref, store, make))
 
 

@@ -248,8 +248,11 @@ def test_a_name_that_is_taken_by_another_spec(tmp_path, no_process):
     prepare(make_spec(tmp_path, train={"precision": "fp32", "save_steps": 7}))
     traded = {"micro_batch_size": 8, "gradient_accumulation_steps": 1, "precision": "fp32"}
     prepare(make_spec(tmp_path, train=traded))
+    other = make_spec(tmp_path, train={"precision": "fp32", "learning_rate": 0.1})
+    prepare(other)  # nothing was trained under the name
+    run.new_attempt("train")
     with pytest.raises(RunMismatch, match=r"train\.learning_rate was 0\.0002, now 0\.1"):
-        prepare(make_spec(tmp_path, train={"precision": "fp32", "learning_rate": 0.1}))
+        prepare(other)
     with pytest.raises(RunMismatch, match="global batch"):
         prepare(make_spec(tmp_path, train={"precision": "fp32", "micro_batch_size": 2}))
 

@@ -12,17 +12,17 @@ from typing import Any
 import psutil
 import pytest
 
-from ditty import stages
+from ditty import preflight, stages
 from ditty.artifacts import Store, verify
-from ditty.errors import DataError, RunError
+from ditty.errors import DataError, RunError, RunMismatch
 from ditty.files import read_json
 from ditty.rundir import RunDir, Status, read_result
 from ditty.spec import RunSpec
-from flows import tasks
+from flows import line, tasks
 from flows.cancel import CancelRequested
 from flows.finetune import finetune
 from flows.progress import Event, EventState, listen
-from tests.processes import start_flow
+from tests.processes import Holder, start_flow
 from tests.served import tiny_spec
 
 ROOT = Path(__file__).parent.parent
@@ -134,6 +134,51 @@ def test_made_rows_are_held_to_the_threshold_of_now(spec: RunSpec, prefect_api: 
     prepare_only(with_threshold(spec, 0.5))
     with pytest.raises(DataError, match=r"load rows.jsonl: 1 of .* rows .*/quarantine.jsonl"):
         finetune(with_threshold(spec, 0.0))
+
+
+def test_a_mended_spec_takes_the_place_of_one_that_never_trained(
+    spec: RunSpec, home: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = RunDir.named("demo", home), Store(home)
+    wrong = spec.model_copy(
+        update={"data": spec.data.model_copy(update={"columns": {"messages": "m"}})}
+    )
+    with pytest.raises(DataError, match="needs a column 'm'"):
+        finetune(wrong)
+    assert json.loads(run.spec_file.read_text())["data"]["columns"] == {"messages": "m"}
+    trains = []
+
+    def attempt(ref: Any, work: Any) -> None:
+        trains.append(work.run.new_attempt("train"))
+        raise RunError("far enough")
+
+    monkeypatch.setattr(tasks, "run_attempt", attempt)
+    with pytest.raises(RunError, match="far enough"):
+        finetune(spec)
+    assert len(trains) == 1 and saved(run) == spec.model_dump(mode="json")
+    for refused in (preflight.check_run, lambda s, _: line.begin(s, run)):
+        with pytest.raises(RunMismatch, match="data.columns was {}, now {'messages': 'm'}"):
+            refused(wrong, store)
+    assert saved(run) == spec.model_dump(mode="json")
+
+
+def test_a_spec_that_a_living_flow_works_by_stays(spec: RunSpec, home: Path) -> None:
+    run = RunDir.named("demo", home)
+    line.begin(spec, run)
+    other = spec.model_copy(update={"data": spec.data.model_copy(update={"seq_len": 32})})
+    with Holder(run.flow_lock, shared=True) as flow:
+        for refused in (preflight.check_run, lambda s, _: line.begin(s, run)):
+            with pytest.raises(RunMismatch, match="data.seq_len was .*, now 32"):
+                refused(other, Store(home))
+        line.begin(spec, run)
+        flow.kill()
+    preflight.check_run(other, Store(home))
+    line.begin(other, run)
+    assert saved(run) == other.model_dump(mode="json")
+
+
+def saved(run: RunDir) -> Any:
+    return json.loads(run.spec_file.read_text())
 
 
 def with_threshold(spec: RunSpec, fraction: float) -> RunSpec:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ditty import tables
+from ditty import functions, tables
 from ditty.choices import OperationMethod
 from ditty.dataspec import Operation
 from ditty.errors import DataError
@@ -192,7 +192,6 @@ def test_no_cache_answers_for_an_edited_function(place):
         ("filter", "fails", {}, "filter rowops:fails failed at row 1234: KeyError: 'body'"),
         ("filter", "fails", {"num_proc": 2}, "filter rowops:fails failed at row 1234: KeyError"),
         ("map", "fails_batch", {"batched": True}, "failed at rows 1000 to 1999: KeyError: 'body'"),
-        ("map", "double", {"kwargs": {"k": 1}}, "failed at row 0: TypeError: .*unexpected keyword"),
         ("filter", "returns_nothing", {}, "at row 0: returned NoneType None, expected true or"),
         ("map", "returns_nothing", {}, "at row 0: returned NoneType None, expected a dict"),
         ("map", "returns_text", {}, "at row 0: returned str text, expected a dict"),
@@ -290,14 +289,44 @@ def test_the_key_holds_all_that_an_operation_declares(place):
 
 def test_an_identity_that_fails_names_the_operation(place):
     (place / "keyed.py").write_text(textwrap.dedent(KEYED))
-    for function, kwargs, message in [
-        ("ditty.dedup:decontaminate", {}, r"{}: TypeError: .*'file'"),
-        ("keyed.py:keep", {"file": "no.txt"}, "no.txt'}: FileNotFoundError: .*no.txt"),
-    ]:
-        with pytest.raises(
-            DataError, match=f"operation select {function}: its `identity` .*{message}"
-        ):
-            key_of({"method": "select", "function": function, "kwargs": kwargs})
+    message = (
+        "operation select keyed.py:keep: its `identity` .*no.txt'}: FileNotFoundError: .*no.txt"
+    )
+    with pytest.raises(DataError, match=message):
+        key_of({"method": "select", "function": "keyed.py:keep", "kwargs": {"file": "no.txt"}})
+
+
+@pytest.mark.parametrize(
+    ("function", "kwargs", "message"),
+    [
+        (
+            "rowops:longer",
+            {"last": 3},
+            r"no argument 'last'; after the row it takes least; did you mean least\?",
+        ),
+        ("rowops:double", {"k": 1}, "no argument 'k'; after the row it takes none"),
+        ("rowops:double", {"row": 1}, "no argument 'row'"),
+        ("ditty.recipes:chat_of_size", {}, "it needs the argument 'at_most'; .* at_most, answer_"),
+        ("rowops:constant", {}, "too many positional arguments"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_runs(
+    place, function, kwargs, message
+):
+    (place / "rowops.py").open("a").write("\ndef constant():\n    return True\n")
+    with pytest.raises(TypeError):
+        functions.resolve(function)(ROWS[0], **kwargs)  # what the stage would have run into
+    with pytest.raises(DataError, match=f"operation filter {function}: .*{message}"):
+        key_of({"method": "filter", "function": function, "kwargs": kwargs})
+
+
+def test_an_argument_may_be_called_as_one_of_datasets_is(place):
+    names = "function, index, batched, indices_mapping"
+    source = f"\ndef keep(row, {names}):\n    return row['n'] < {names.replace(', ', ' + ')}\n"
+    (place / "rowops.py").open("a").write(source)
+    kwargs = dict.fromkeys(names.split(", "), 2)
+    _, rows, _ = applied(place, "filter", "keep", kwargs=kwargs)
+    assert rows == ROWS[:8]
 
 
 def key_of(values):

@@ -285,7 +285,7 @@ def test_a_name_taken_by_another_spec_is_refused(
 ) -> None:
     spec = spec_of(tmp_path)
     run = RunDir.named("fresh", home)
-    run.root.mkdir(parents=True)
+    run.new_attempt("train")
     other = spec_of(tmp_path, steps=7).model_dump(mode="json")
     run.spec_file.write_text(json.dumps(other))
     with pytest.raises(RunMismatch, match=r"train.max_steps was 7, now 6"):

@@ -1,0 +1,344 @@
+"""Shards of the data: the same bytes however many there are, whoever makes them, whoever dies."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from distributed import LocalCluster
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterName
+from prefect.client.schemas.objects import TaskRun
+
+from ditty import datashards, preflight, stages
+from ditty.artifacts import Manifest, Store, read_manifest
+from ditty.dataspec import DataSpec
+from ditty.errors import DataError, SpecError
+from ditty.files import write_json
+from ditty.plan import make_plan
+from ditty.rundir import RunDir
+from ditty.spec import RunSpec
+from flows import tasks
+from flows.progress import EventState, listen
+from flows.tasks import Caller
+from tests.processes import ROOT
+from tests.tiny import make_model_folder
+
+ROWS = 4_300
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, and rows of which some are long, empty, twice there, or bad."""
+    folder = tmp_path_factory.mktemp("sharded")
+    make_model_folder(folder / "model")
+    draw = random.Random(0)
+    words = ["Hello", "there", "be", "kind", "fine", "and", "then", "ok"]
+    rows: list[dict[str, Any]] = []
+    for number in range(ROWS):
+        text: str | None = " ".join(draw.choices(words, k=draw.randrange(1, 30)))
+        text = None if number % 97 == 5 else "" if number % 89 == 7 else text
+        text = rows[number - 1500]["text"] if number > 2000 and number % 11 == 0 else text
+        rows.append({"text": text})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def spec_of(place: Path, **data: Any) -> RunSpec:
+    rows = {"source": str(place / "rows.jsonl"), "format": "text", "seq_len": 24}
+    rows |= {"eval_fraction": 0.2, "max_bad_fraction": 0.5}
+    return RunSpec.model_validate(
+        {
+            "name": "sharded",
+            "data": rows | data,
+            "model": {"base_model": str(place / "model")},
+            "launch": {"device": "cpu"},
+        }
+    )
+
+
+def made(spec: RunSpec, store: Store, run: datashards.Run = datashards.in_turn) -> Manifest:
+    """The artifact of `tokenize`, and those before it."""
+    line = stages.resolve(spec, store)
+    for ref in line.data()[:2]:
+        manifest = datashards.build_data(ref, line, spec, store, run)
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Key, files with their digests, and facts of `tokenize` without shards."""
+    found = {}
+    for limit in (None, 37):
+        spec = spec_of(place, eval_max_rows=limit)
+        store = Store(tmp_path_factory.mktemp("whole"))
+        manifest = made(spec, store)
+        found[limit] = (stages.resolve(spec, store).need("tokenize").key, manifest)
+    return found
+
+
+@flow(name="data", validate_parameters=False)
+def data_flow(spec: RunSpec, store: Store) -> list[str]:
+    """The stages up to `tokenize`; how the last one ended."""
+    line, ended = stages.resolve(spec, store), []
+    with listen(lambda event: ended.append(event.state)):
+        for ref in line.data()[:2]:
+            Caller.of(spec, store).cached(tasks.make_data, ref, line, spec, store)
+    return ended
+
+
+def test_the_flow_makes_each_shard_in_a_task_of_its_own(
+    place: Path, home: Path, whole: Any, prefect_api: str
+) -> None:
+    spec, store = spec_of(place, shards=5, num_proc=2), Store(home)
+    assert data_flow(spec, store)[-1] is EventState.DONE
+    key, expected = whole[None]
+    assert contents(read_manifest(store.path("tokenize", key))) == contents(expected)
+    (flow_run,) = {run.flow_run_id for run in shard_runs()}
+    titles = {run.name for run in shard_runs()}
+    assert flow_run and titles == {f"tokenize {n}/5" for n in range(1, 6)}
+    assert data_flow(spec_of(place, shards=3), store)[-1] is EventState.CACHED
+    with pytest.raises(DataError, match="45 of 4,300 rows"):
+        data_flow(spec_of(place, shards=5, max_bad_fraction=0.0), Store(home / "other"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"engine": "dask"}, "engine_address: engine: dask needs an address: tcp://host:8786"),
+        ({"engine_address": "tcp://a:1"}, "engine_address: engine: threads takes none: remove it"),
+    ],
+)
+def test_a_cluster_has_an_address_and_nothing_else_has(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataSpec(source="rows.jsonl", **data)
+
+
+@pytest.mark.skipif(find_spec("prefect_ray") is not None, reason="Ray is installed here")
+def test_an_engine_that_is_not_installed_is_refused_before_anything_starts(
+    place: Path, home: Path
+) -> None:
+    spec = spec_of(place, shards=2, engine="ray", engine_address="auto")
+    for check in (preflight.check, make_plan):
+        with pytest.raises(SpecError, match=r"ray needs .*: pip install 'ditty\[ray\]'"):
+            check(spec, Store(home))
+    preflight.check_engine(spec.data.model_copy(update={"shards": 1}))
+
+
+def test_the_plan_says_so_and_a_finished_run_takes_another_number(place: Path, home: Path) -> None:
+    spec, store = spec_of(place, shards=2, engine="processes"), Store(home)
+    (planned,) = [s for s in make_plan(spec, store).stages if s.stage == "tokenize"]
+    assert planned.why == "not in the store; after load; in 2 shards, by processes"
+    run = RunDir.named(spec.name, home)
+    run.new_attempt("train")
+    write_json(run.spec_file, spec.model_dump(mode="json"))
+    preflight.check_run(spec_of(place, shards=9), store)
+
+
+def shard_runs() -> list[TaskRun]:
+    """The five that the server knows, once it has heard of them."""
+    wanted = TaskRunFilter(name=TaskRunFilterName(like_="tokenize "))
+    with get_client(sync_client=True) as client:
+        end = time.monotonic() + 30
+        while len(runs := client.read_task_runs(task_run_filter=wanted)) < 5:
+            assert time.monotonic() < end, runs
+            time.sleep(0.2)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def slow_place(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows so long that a shard of them takes seconds."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "model").symlink_to(place / "model")
+    draw = random.Random(1)
+    lines = [
+        json.dumps({"text": "".join(draw.choices("Helo  thr ,.", k=3000))}) for _ in range(4000)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+class KillOne:
+    """Kills a process while it makes a shard, once; of those that `pids` returns."""
+
+    def __init__(self, home: Path, pids: Callable[[], Iterable[int]]):
+        self.home, self.pids, self.killed = home, pids, 0
+        self.thread = threading.Thread(target=self._kill, daemon=True)
+        self.thread.start()
+
+    def _kill(self) -> None:
+        while not self.killed:
+            time.sleep(0.01)
+            for pid in self.pids():
+                try:
+                    open_files = [file.path for file in psutil.Process(pid).open_files()]
+                except psutil.Error:
+                    continue
+                if any("/store/shard/.tmp-" in path for path in open_files):
+                    os.kill(pid, signal.SIGKILL)
+                    self.killed = pid
+                    return
+
+
+def shards_begun(log: Path) -> Counter[str]:
+    """Key -> how often a process began to make that shard."""
+    return Counter(
+        line.split("/.tmp-")[1].split(" ")[0]
+        for line in log.read_text().splitlines()
+        if line.startswith("make shard/")
+    )
+
+
+def assert_one_was_made_twice(spec: RunSpec, home: Path, expected: Manifest) -> None:
+    key = stages.resolve(spec, Store(home)).need("tokenize").key
+    assert contents(read_manifest(Store(home).path("tokenize", key))) == contents(expected)
+    assert sorted(shards_begun(home / "passes.log").values()) == [1, 1, 1, 2]
+
+
+def whole_and_slow(folder: Path, home: Path, **data: Any) -> tuple[Manifest, RunSpec]:
+    data |= {"shards": 4, "overlong": "truncate"}
+    spec = spec_of(folder, **data)
+    alone = spec.model_copy(update={"data": spec.data.model_copy(update={"shards": 1})})
+    return made(alone, Store(home / "alone")), spec
+
+
+@pytest.mark.slow
+def test_a_dask_worker_that_is_killed_costs_one_shard(
+    slow_place: Path, home: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = home / "passes.log"
+    home.mkdir()
+    monkeypatch.setenv("DITTY_FAIL_POINT_LOG", str(log))
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address
+        expected, spec = whole_and_slow(slow_place, home, engine="dask", engine_address=address)
+        log.unlink()
+        nannies = cluster.workers.values()
+        kill = KillOne(home, lambda: [n.pid for n in nannies if n.pid])
+        assert data_flow(spec, Store(home))[-1] is EventState.DONE
+        assert kill.killed and kill.killed not in [n.pid for n in nannies]
+    assert_one_was_made_twice(spec, home, expected)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_costs_one_shard(
+    slow_place: Path, home: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = home / "passes.log"
+    home.mkdir()
+    monkeypatch.setenv("DITTY_FAIL_POINT_LOG", str(log))
+    expected, spec = whole_and_slow(slow_place, home, engine="processes", num_proc=2)
+    log.unlink()
+    below = psutil.Process().children
+    kill = KillOne(home, lambda: [child.pid for child in below(recursive=True)])
+    assert data_flow(spec, Store(home))[-1] is EventState.DONE
+    assert kill.killed
+    assert_one_was_made_twice(spec, home, expected)
+
+
+@pytest.mark.slow
+def test_a_worker_process_ends_with_a_flow_that_is_killed() -> None:
+    code = (
+        "import os, time; from flows.engines import Processes; pool = Processes(1)._start();"
+        " print(pool.submit(os.getpid).result(), flush=True); pool.submit(time.sleep, 600).result()"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        worker = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    assert not psutil.wait_procs([worker], timeout=30)[1], "it outlives the flow"
+
+
+def contents(manifest: Manifest) -> tuple[Any, Any]:
+    return manifest.files, {k: v for k, v in manifest.facts.items() if k != "made_by"}
+
+
+@pytest.mark.parametrize(("shards", "limit"), [(3, None), (3, 37), (100, 37)])
+def test_shards_change_neither_the_key_nor_a_byte(
+    place: Path, home: Path, whole: Any, shards: int, limit: int | None
+) -> None:
+    spec, store, seen = spec_of(place, eval_max_rows=limit, shards=shards), Store(home), []
+
+    def run(refs: Any, work: datashards.ShardWork) -> None:
+        datashards.in_turn(refs[::-1], work)  # in any order
+        seen.extend(read_manifest(store.path(ref.stage, ref.key)).facts["rows"] for ref in refs)
+
+    key, expected = whole[limit]
+    assert contents(made(spec, store, run)) == contents(expected)
+    assert stages.resolve(spec, store).need("tokenize").key == key
+    assert len(seen) == min(shards, 5) and sum(seen) == ROWS and min(seen[:-1]) >= 1000
+    facts = expected.facts
+    assert facts["quarantined"] and facts["dropped"] and facts["truncated"] and facts["eval_rows"]
+    assert (facts["eval_unused"] > 0) == (limit is not None)
+    assert list((home / "store" / "shard").iterdir()) == [], "shards go when they are put together"
+
+
+def test_what_was_made_before_a_kill_is_found(place: Path, home: Path, whole: Any) -> None:
+    spec, store, made_now = spec_of(place, shards=5), Store(home), []
+
+    def dies(refs: Any, work: datashards.ShardWork) -> None:
+        datashards.in_turn(refs[1:4], work)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(spec, store, dies)
+    assert not store.path("tokenize", whole[None][0]).exists()
+
+    def counts(refs: Any, work: datashards.ShardWork) -> None:
+        for ref in refs:
+            path = store.path(ref.stage, ref.key)
+            before = path.stat().st_ino if path.exists() else None
+            datashards.build(ref, work)
+            made_now.append(path.stat().st_ino != before)
+
+    (bad,) = list((home / "store" / "shard").glob("*/train.arrow"))[:1]
+    bad.write_bytes(bad.read_bytes()[:-1])
+    assert contents(made(spec, store, counts)) == contents(whole[None][1])
+    assert made_now.count(True) == 3, "the first, the last, and the damaged one"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_errors_are_those_of_the_whole(place: Path, home: Path, shards: int) -> None:
+    bad = r"45 of 4,300 rows .* 45 x column 'text' is null, at row 5, row 102, row 199, \.\.\."
+    for data, message in [
+        ({"max_bad_fraction": 0.01}, bad),
+        ({"seq_len": 8, "overlong": "error"}, r"row \d+ has \d+ tokens, data.seq_len is 8"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            made(spec_of(place, shards=shards, **data), Store(home))
+
+
+def test_a_worker_that_does_not_see_the_rows_says_so(place: Path, home: Path) -> None:
+    spec, store = spec_of(place, shards=2), Store(home)
+
+    def elsewhere(refs: Any, work: datashards.ShardWork) -> None:
+        (work.source / "data.arrow").rename(work.source / "gone")
+        datashards.in_turn(refs, work)
+
+    with pytest.raises(
+        Exception, match="there is no .*data.arrow here: the workers of .* must see"
+    ):
+        made(spec, store, elsewhere)
+
+
+def test_a_shard_is_known_by_its_rows(place: Path, home: Path) -> None:
+    ref = stages.resolve(spec_of(place), Store(home)).need("tokenize")
+    two, four = datashards.divide(ref, 4000, 2), datashards.divide(ref, 4000, 4)
+    assert [r.inputs["rows"] for r in two] == [[0, 2000], [2000, 4000]]
+    assert [r.inputs["rows"] for r in four] == [[n, n + 1000] for n in range(0, 4000, 1000)]
+    assert len({r.key for r in (*two, *four)}) == 6
+    assert two[0].key == datashards.divide(ref, 2000, 1)[0].key
