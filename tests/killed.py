@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -175,7 +176,7 @@ def outcome(place: Place) -> dict[str, Any]:
         if path.is_file() and _counts(path.relative_to(place.home))
     }
     for record in place.run.metrics():
-        if record["kind"] == "save":  # as often as it was killed
+        if record["kind"] in ("save", "start"):  # as often as it was killed
             continue
         of = f"{record['kind']} {record['step']}"
         found[of] = [record["loss"].hex(), record.get("learning_rate", 0.0).hex()]
@@ -237,8 +238,16 @@ def _of_probe(path: Path) -> bool:
     return path.parent.name == "target"  # what a killed one leaves goes after an hour
 
 
-def ends(work: str, place: Place, environment: dict[str, str], rank: int = 0) -> dict[int, int]:
+def ends(
+    work: str,
+    place: Place,
+    environment: dict[str, str],
+    rank: int = 0,
+    after: float | None = None,
+) -> dict[int, int]:
     """Do `work` in processes of its own, `rank` in a special environment; exit codes by rank.
+
+    `after` so many seconds `rank` gets SIGKILL.
 
     As `os.waitstatus_to_exitcode` has them: -9 is SIGKILL. After the first failure there are no
     more: the other processes are ended, as a launcher ends them.
@@ -254,6 +263,10 @@ def ends(work: str, place: Place, environment: dict[str, str], rank: int = 0) ->
             mine["MASTER_ADDR"] = "127.0.0.1"
         children[_fork(work, place, mine)] = number
     codes: dict[int, int] = {}
+    if after is not None:
+        (victim,) = (child for child, number in children.items() if number == rank)
+        time.sleep(after)
+        os.kill(victim, signal.SIGKILL)  # maybe it has ended: it is not reaped yet
     while children:
         child, status = os.wait()
         number = children.pop(child)
@@ -310,6 +323,10 @@ class Turn:
         yield "oracle", {"points": passed, "left": left_behind(oracle), "outcome": expected}
         for number, point in enumerate(self._chosen(passed)):
             yield point, self._killed_at(point, self.fresh(str(number)), expected)
+        self.finish(oracle)
+
+    def finish(self, oracle: Place) -> None:
+        """Remove the oracle, or make it the start of the next turn."""
         if self.turn.get("keep"):
             shutil.rmtree(self.start)
             oracle.home.rename(self.start)
@@ -333,7 +350,11 @@ class Turn:
 
     def _killed_at(self, point: str, place: Place, expected: dict[str, Any]) -> dict[str, Any]:
         ended = ends(self.work, place, {VARIABLE: point}, self.rank)
-        told: dict[str, Any] = {"ended": ended.get(self.rank), "damaged": damaged(place)}
+        return {"ended": ended.get(self.rank), **self.again(place, expected)}
+
+    def again(self, place: Place, expected: dict[str, Any]) -> dict[str, Any]:
+        """What the killed ones have left, and what came of it when it was done again."""
+        told: dict[str, Any] = {"damaged": damaged(place)}
         told["saved"] = max(place.run.committed_steps(), default=0)
         before = Counter(step for step, *_ in _rows_of_steps(place))
         told["again"] = list(ends(self.work, place, {}).values())
@@ -350,7 +371,7 @@ class Turn:
         return told
 
 
-def serve(path: Path) -> None:
+def serve(path: Path, kind: type[Turn] = Turn) -> None:
     """Do what the job in `path` says; the answers go beside it."""
     import datasets  # noqa: F401  (imported once, before the forks)
     import peft  # noqa: F401
@@ -369,11 +390,13 @@ def serve(path: Path) -> None:
     inputs = Path(job["inputs"])
     told = []
     for number, turn in enumerate(job["turns"]):
-        told.append(dict(Turn(inputs, start, {**turn, "number": number}).take()))
+        told.append(dict(kind(inputs, start, {**turn, "number": number}).take()))
     write_json(path.with_suffix(".told"), told)
 
 
-def launch(path: Path, inputs: Path, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def launch(
+    path: Path, inputs: Path, turns: list[dict[str, Any]], module: str = "tests.killed"
+) -> list[dict[str, Any]]:
     """For each turn {point: what happened}, from a process that imports once; see `Turn`."""
     job = {"inputs": str(inputs), "turns": turns}
     path.write_text(json.dumps(job))
@@ -387,7 +410,7 @@ def launch(path: Path, inputs: Path, turns: list[dict[str, Any]]) -> list[dict[s
     output = path.with_suffix(".output")
     with open(output, "wb") as file:
         code = subprocess.call(
-            [sys.executable, "-m", "tests.killed", str(path)],
+            [sys.executable, "-m", module, str(path)],
             cwd=ROOT,
             env={**os.environ, **variables},
             stdout=file,
