@@ -93,15 +93,17 @@ def test_a_passing_failure_is_tried_again_in_a_new_attempt(trainings: Trainings)
     assert trainings.jobs[0]["model_dir"] == "/model" and trainings.jobs[0]["key"] == "a" * 64
 
 
+@pytest.mark.fault("out of memory")
 @pytest.mark.parametrize(
     ("result", "error"), [(NO_MEMORY, OutOfMemory), (STOPPED, Preempted)], ids=["memory", "stop"]
 )
 def test_a_lasting_failure_is_not(
-    trainings: Trainings, result: Result, error: type[DittyError]
+    trainings: Trainings, result: Result, error: type[DittyError], figure: Callable[[str], None]
 ) -> None:
     with pytest.raises(error, match=result.message):
         trainings.go(result)
     assert len(trainings.attempts) == 1
+    figure(f"{result.kind}: retries {len(trainings.attempts) - 1}")
 
 
 def test_retries_come_from_the_spec(trainings: Trainings) -> None:
@@ -112,10 +114,14 @@ def test_retries_come_from_the_spec(trainings: Trainings) -> None:
         trainings.go(PREEMPTED, PREEMPTED)
 
 
-def test_two_crashes_without_a_checkpoint_between_them_stop_the_run(trainings: Trainings) -> None:
+@pytest.mark.fault("out of memory")
+def test_two_crashes_without_a_checkpoint_between_them_stop_the_run(
+    trainings: Trainings, figure: Callable[[str], None]
+) -> None:
     with pytest.raises(Crashed, match="without getting past step 3"):
         trainings.go(CRASHED, saved_then(3, CRASHED), CRASHED)
     assert len(trainings.attempts) == 3
+    figure("killed by the kernel: retries 1 from the same checkpoint")
 
 
 def test_an_error_before_the_launch_is_no_crash(trainings: Trainings) -> None:
@@ -194,8 +200,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.fault("cancelled")
 def test_a_cancel_that_no_runner_carries_out_stops_training(
-    trainings: Trainings, impatient: None
+    trainings: Trainings, impatient: None, figure: Callable[[str], None]
 ) -> None:
     from prefect.client.orchestration import get_client
     from prefect.runtime import flow_run
@@ -220,6 +227,7 @@ def test_a_cancel_that_no_runner_carries_out_stops_training(
 
     assert cancelled() == "stopped"
     assert len(trainings.attempts) == 1
+    figure("without a runner: the flow sees it and ends its attempt")
 
 
 def test_logs_and_progress_reach_the_api(trainings: Trainings, impatient: None) -> None:
