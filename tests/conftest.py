@@ -47,9 +47,10 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture
-def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Says the figure of a test that has the mark `fault`."""
-    return lambda text: record_property("figure", text)
+def figure(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Says the figure of a test that has the mark `fault`: `figure(text)`, or `figure(text, row)`
+    where it has several."""
+    return lambda text, row="": record_property(f"figure {row}".rstrip(), text)
 
 
 @pytest.fixture(autouse=True)

@@ -66,11 +66,12 @@ ROWS = {
 
 def note(item: Any, report: Any, path: Path) -> None:
     """Append what a test that has run says of its rows to `path`: one JSON line each."""
-    said = [text for name, text in report.user_properties if name == "figure"]
     with open(path, "a") as file:
         for mark in item.iter_markers("fault"):
             (row,) = mark.args
             assert row in ROWS, f"{item.nodeid}: the fault matrix has no row {row!r}"
+            names = ("figure", f"figure {row}")
+            said = [text for name, text in report.user_properties if name in names]
             of = {"row": row, "test": item.nodeid, "passed": report.outcome == "passed"}
             file.write(json.dumps({**of, "figure": "; ".join(said)}) + "\n")
 

@@ -71,15 +71,19 @@ def test_every_durable_act_is_behind_a_fail_point() -> None:
     assert found >= 8, "the names of the acts have changed"
 
 
-def counted(turns: list[dict[str, Any]], told: list[dict[str, Any]]) -> str:
-    """What `check` has found, as a figure."""
+def say(
+    figure: Callable[..., None], turns: list[dict[str, Any]], told: list[dict[str, Any]]
+) -> None:
+    """What `check` has found, as figures."""
     kills: Counter[str] = Counter()
     for turn, found in zip(turns, told, strict=True):
         kills[turn["work"]] += len(found) - 1
-    return (
-        f"{kills['train']} kills inside trainings: each goes on at its last save, 0 rows twice or "
-        f"never, files bitwise equal; {kills['copy']} inside copies: partial ones accepted 0"
+    figure(
+        f"{kills['train']} kills at fail points of trainings: each goes on at its last save, "
+        "0 rows twice or never, files bitwise equal",
+        "sigkill",
     )
+    figure(f"{kills['copy']} kills at fail points: partial ones accepted 0", "upload killed")
 
 
 def acts_of(told: list[dict[str, Any]]) -> set[str]:
@@ -111,7 +115,7 @@ def test_killed_at_a_spread_of_points(
     told = killed.launch(tmp_path / "job", inputs, turns)
     for turn, found in zip(turns, told, strict=True):
         check(found, turn["work"] == "train")
-    figure(counted(turns, told))
+    say(figure, turns, told)
     # Half a multipart upload, of 32 MB and more: test_s3.py.
     assert acts_of(told) == known_acts() - {"abort"}, "a point that no tiny run passes"
 
@@ -139,7 +143,7 @@ def test_killed_at_every_point(
     for turn, found in zip(turns, told, strict=True):
         check(found, turn["work"] == "train")
     kills = sum(len(found) - 1 for found in told)
-    figure(counted(turns, told))
+    say(figure, turns, told)
     assert kills > 300
 
 

@@ -47,6 +47,7 @@ def states(spec: RunSpec) -> dict[str, EventState]:
 
 
 @pytest.mark.fault("sigterm")
+@pytest.mark.fault("cancelled")
 def test_terminated_resumed_cached(
     spec: RunSpec, home: Path, prefect_api: str, figure: Callable[[str], None]
 ) -> None:
@@ -67,7 +68,8 @@ def test_terminated_resumed_cached(
     (saved,) = run.committed_steps()
     assert 2 <= saved < STEPS
     lost = max(record["step"] for record in run.metrics()) - saved
-    figure(f"grace {spec.launch.grace_seconds:g} s: steps lost {lost}, processes left 0")
+    figure(f"grace {spec.launch.grace_seconds:g} s: steps lost {lost}", "sigterm")
+    figure("by SIGTERM, as a runner does it: processes left 0, last step saved", "cancelled")
     assert lost == 0 and result.step == saved
 
     upload = f"upload to {spec.upload.url}"

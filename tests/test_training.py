@@ -93,9 +93,12 @@ def test_a_passing_failure_is_tried_again_in_a_new_attempt(trainings: Trainings)
     assert trainings.jobs[0]["model_dir"] == "/model" and trainings.jobs[0]["key"] == "a" * 64
 
 
-@pytest.mark.fault("out of memory")
 @pytest.mark.parametrize(
-    ("result", "error"), [(NO_MEMORY, OutOfMemory), (STOPPED, Preempted)], ids=["memory", "stop"]
+    ("result", "error"),
+    [
+        pytest.param(NO_MEMORY, OutOfMemory, marks=pytest.mark.fault("out of memory"), id="memory"),
+        pytest.param(STOPPED, Preempted, id="stop"),
+    ],
 )
 def test_a_lasting_failure_is_not(
     trainings: Trainings, result: Result, error: type[DittyError], figure: Callable[[str], None]
