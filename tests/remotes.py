@@ -97,7 +97,7 @@ TRANSIENT = {
         Fault("^GET .*weights", "cut"),
     ],
     "bits flipped": [Fault("^PUT .*weights", "flip_up"), Fault("^GET .*other", "flip_down")],
-    "connections reset": [Fault("^PUT .*weights", "reset", 2), Fault("^GET .*weights", "reset")],
+    "connections reset": [Fault("^PUT .*weights", "reset", 6), Fault("^GET .*weights", "reset", 6)],
     "all slow": [Fault("", "delay", 6, seconds=0.3)],
     "500, a reset and a cut within parts": [
         Fault("^PUT .*big.*partNumber=2", "answer", 1, 500, "InternalError"),
