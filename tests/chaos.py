@@ -43,7 +43,8 @@ class Chaos(Turn):
     ) -> dict[str, Any]:
         kills = []
         for _ in range(draw.randint(1, KILLS)):
-            rank, after = draw.randrange(place.ranks), draw.uniform(0, took)
+            # Most of the time goes by until the first step is done.
+            rank, after = draw.randrange(place.ranks), took * draw.uniform(0, 1) ** 0.5
             ended = ends(self.work, place, {}, rank, after)
             kills.append({"rank": rank, "after": after, "ended": ended.get(rank)})
             if not any(ended.values()):

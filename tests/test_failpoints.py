@@ -168,7 +168,9 @@ def test_killed_at_random_times(
         assert set(found["again"]) == {0}, f"{found['kills']}: done again, it failed"
         assert found["damaged"] == found["other"] == found["left"] == [], found["kills"]
     assert len(kills) >= 10 and {kill["rank"] for kill in kills} == {0, 1}
+    resumed = sum(found["saved"] > 0 for found in rounds)
+    assert resumed >= 3, "too few of them came after a checkpoint"
     figure(
-        f"{len(kills)} kills at random times in {len(rounds)} runs of two ranks: files, losses, "
-        "learning rates and rows of each step those of the oracle"
+        f"{len(kills)} kills at random times in {len(rounds)} runs of two ranks, {resumed} of them "
+        "after a checkpoint: files, losses, learning rates and rows of each step as undisturbed"
     )
