@@ -69,7 +69,8 @@ class Attempt:
 def read_goodput(run: RunDir) -> list[Spent]:
     """Of each attempt at training so far, oldest first; of several machines the first one's."""
     paths = [a for a in run.attempts("train") if (a / "job.json").exists() and _is_first(a)]
-    return spent([_read(path) for path in paths], list(RecordTail(run.metrics_file).read()))
+    records = [r for r in RecordTail(run.metrics_file).read() if r.keys() >= {"kind", "time"}]
+    return spent([_read(path) for path in paths], records)
 
 
 def total(parts: Sequence[Spent]) -> Spent:
@@ -108,8 +109,8 @@ def _spent(attempt: Attempt, records: Sequence[Record], before: float) -> Spent:
     alive = max([before, attempt.alive, *(record["time"] for record in records)])
     steps = [record for record in records if _is_step(record)]
     began = [record for record in records if record["kind"] == "start"]
-    met = began[0]["load_time"] if began else alive
     first = steps[0]["time"] - steps[0]["seconds"] if steps else alive
+    met = began[0]["load_time"] if began else first
     done, again = (
         sum(step["seconds"] for step in steps if step["counts"] is counts)
         for counts in (True, False)

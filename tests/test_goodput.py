@@ -61,6 +61,12 @@ def test_nothing_yet() -> None:
     assert spent([], []) == [] and total([]) == Spent() and Spent().goodput == 0
 
 
+def test_a_run_of_before_starts_were_recorded() -> None:
+    steps = [record for record in RECORDS if record["kind"] != "start"]
+    (only,) = spent([Attempt(100.0, 100.0)], steps)
+    assert only == Spent(start=12, steps=9, again=2, other=27) and only.wall == 50
+
+
 def test_where_the_flow_died_too_the_wait_is_the_next_start() -> None:
     unseen = Attempt(100.0, 120.5)
     parts = spent([unseen, *ATTEMPTS[2:]], RECORDS)
