@@ -9,6 +9,7 @@ files are safetensors: nothing in them is code, and what wrote them does not mat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,16 +33,18 @@ def write_pieces(path: Path, pieces: Mapping[str, torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a range lies."""
+    """Where a range lies: under `key` in an open safetensors file."""
 
     start: int
     stop: int
-    file: Path
+    file: Any
     key: str
 
 
 class Pieces:
-    """What the shard files of a folder hold.
+    """What the shard files of a folder hold; they are open for as long as this is there.
+
+    To open one reads the names of all its tensors: once a file, and not once a tensor.
 
     Args:
         folder: a committed, verified directory.
@@ -51,12 +54,12 @@ class Pieces:
         self.folder = folder
         self.by_name: dict[str, list[Piece]] = {}
         for file in sorted(folder.glob("shard_*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118
-                    name, _, start = key.rpartition("@")
-                    size = torch.Size(opened.get_slice(key).get_shape()).numel()
-                    piece = Piece(int(start), int(start) + size, file, key)
-                    self.by_name.setdefault(name, []).append(piece)
+            opened = safe_open(file, framework="pt")
+            for key in opened.keys():  # noqa: SIM118
+                name, _, start = key.rpartition("@")
+                size = torch.Size(opened.get_slice(key).get_shape()).numel()
+                piece = Piece(int(start), int(start) + size, opened, key)
+                self.by_name.setdefault(name, []).append(piece)
 
     def names(self, prefix: str) -> set[str]:
         """The tensors whose names begin with `prefix`, without it."""
@@ -78,11 +81,10 @@ class Pieces:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first >= last:
                 continue
-            with safe_open(piece.file, framework="pt") as opened:
-                part = opened.get_slice(piece.key)[first - piece.start : last - piece.start]
-                if result is None:
-                    result = torch.empty(stop - start, dtype=part.dtype)
-                result[first - start : last - start] = part
+            part = piece.file.get_slice(piece.key)[first - piece.start : last - piece.start]
+            if result is None:
+                result = torch.empty(stop - start, dtype=part.dtype)
+            result[first - start : last - start] = part
             found += last - first
         if result is None or found != stop - start:
             raise RunMismatch(
@@ -94,8 +96,8 @@ class Pieces:
     def first(self, name: str) -> torch.Tensor:
         """Any one piece of `name`, whole: of a value that is the same in all."""
         piece = self.by_name[name][0]
-        with safe_open(piece.file, framework="pt") as opened:
-            return opened.get_tensor(piece.key)
+        tensor: torch.Tensor = piece.file.get_tensor(piece.key)
+        return tensor
 
     def length(self, name: str, start: int) -> int | None:
         """Elements of the piece of `name` that begins with element `start`, or None."""
@@ -105,6 +107,6 @@ class Pieces:
         """The piece of `name` that begins with element `start`, whole, or None."""
         for piece in self.by_name.get(name, ()):
             if piece.start == start:
-                with safe_open(piece.file, framework="pt") as opened:
-                    return opened.get_tensor(piece.key)
+                tensor: torch.Tensor = piece.file.get_tensor(piece.key)
+                return tensor
         return None

@@ -146,6 +146,7 @@ class Trainer:
             self.guard.resume(state.get("guard"), step)
             self._find_best()
         log.info("training from step %d to %d", step, self.total_steps)
+        self._record_start(step)
         try:
             with stop_signal() as signalled:
                 outcome = self._run(step, signalled)
@@ -166,6 +167,14 @@ class Trainer:
         if outcome.finished and self.train.final_weights is FinalWeights.BEST:
             self._take_best()
         return outcome
+
+    def _record_start(self, step: int) -> None:
+        """That an attempt goes on after `step` steps, and when its processes had met."""
+        if self.world.main:
+            began = self.beat.began
+            met = began.get("load", began["restore"])
+            record = {"kind": "start", "step": step, "load_time": met, "time": time.time()}
+            append_record(self.run.metrics_file, record)
 
     def _find_best(self) -> None:
         """Know at the start, and not after the last step, that the best weights are lost."""

@@ -346,8 +346,11 @@ def explain(error: BaseException) -> Result:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    # By name: importing torch to ask would cost seconds in stages that do without.
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    # By name: importing torch to ask would cost seconds in stages that do without. For a host that
+    # has no more, torch has no class of its own.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _speaks(result: Result, attempt: Path) -> bool:

@@ -15,7 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ditty.artifacts import Store
+from ditty.goodput import describe, read_goodput, total
 from ditty.logs import Attempt, Event, LoggedStage, NoLog, read_logs
+from ditty.rundir import RunDir
 from ditty.status import Runs, RunStatus, find_run
 from ditty.timeleft import duration
 
@@ -130,6 +132,8 @@ def _print_details(runs: Runs, lines: list[RunStatus]) -> None:
     """Of the one run that was asked for: where it is, and how it ended."""
     for line in lines if runs.name else []:
         console.print(f"directory  {line.directory}", soft_wrap=True)
+        if parts := read_goodput(RunDir(line.directory)):
+            console.print(f"goodput    {describe(total(parts))}", soft_wrap=True)
         if line.message:
             console.print(escape(line.message), soft_wrap=True)
 

@@ -4,10 +4,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests import reliability
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--figures FILE`: see tests/reliability.py."""
+    parser.addoption("--figures", type=Path, help="append the figures of the fault matrix to it")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,6 +33,24 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove them."""
     shutil.rmtree(config.ditty_home, ignore_errors=True)  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: Any
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Leave what a test of the fault matrix has said."""
+    report = yield
+    if call.when == "call" and item.config.option.figures:
+        reliability.note(item, report, item.config.option.figures)
+    return report
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Says the figure of a test that has the mark `fault`: `figure(text)`, or `figure(text, row)`
+    where it has several."""
+    return lambda text, row="": record_property(f"figure {row}".rstrip(), text)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ Written for S3 clients: it answers `Expect: 100-continue` itself and keeps the s
 """
 
 import re
+import socket
+import struct
 import threading
 import time
 from contextlib import closing
@@ -22,7 +24,8 @@ class Fault:
     """What happens to the next `times` requests that `match` (a regular expression) finds:
     `answer` with `status` and S3 error `code`; `silence`, not even 100 Continue;
     `drop_reply` after the server did it; `flip_up` or `flip_down`, one bit of the body;
-    `cut`, half of the reply's body; `unconditional`, without If-None-Match.
+    `cut`, half of the reply's body; `reset`, of the connection, in place of a reply;
+    `delay` by `seconds`; `unconditional`, without If-None-Match.
     """
 
     match: str
@@ -30,6 +33,7 @@ class Fault:
     times: int = 1
     status: int = 503
     code: str = "SlowDown"
+    seconds: float = 0.5
 
 
 class FaultProxy(ThreadingHTTPServer):
@@ -92,6 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response_only(100)
             self.end_headers()
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if fault.act == "delay":
+            time.sleep(fault.seconds)
+        if fault.act == "reset":
+            self.reset()
+            return
         if fault.act == "unconditional":
             del self.headers["If-None-Match"]
         if fault.act == "answer":
@@ -102,6 +111,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.reply(status, headers, flipped(data) if fault.act == "flip_down" else data)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve  # noqa: N815
+
+    def reset(self) -> None:
+        """End the connection as a crashed peer's kernel does: RST, and no FIN."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.server.close_request(self.connection)
 
     def ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         headers = {n: v for n, v in self.headers.items() if n.lower() not in OF_ONE_HOP}

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
@@ -174,7 +175,7 @@ def outcome(place: Place) -> dict[str, Any]:
         if path.is_file() and _counts(path.relative_to(place.home))
     }
     for record in place.run.metrics():
-        if record["kind"] == "save":  # as often as it was killed
+        if record["kind"] in ("save", "start"):  # as often as it was killed
             continue
         of = f"{record['kind']} {record['step']}"
         found[of] = [record["loss"].hex(), record.get("learning_rate", 0.0).hex()]
@@ -243,11 +244,17 @@ def _of_probe(path: Path) -> bool:
     return path.parent.name == "target"  # what a killed one leaves goes after an hour
 
 
-def ends(work: str, place: Place, environment: dict[str, str], rank: int = 0) -> dict[int, int]:
+def ends(
+    work: str,
+    place: Place,
+    environment: dict[str, str],
+    rank: int = 0,
+    after: float | None = None,
+) -> dict[int, int]:
     """Do `work` in processes of its own, `rank` in a special environment; exit codes by rank.
 
-    -9 is SIGKILL. After the first failure there are no more: the other processes are ended, as a
-    launcher ends them.
+    -9 is SIGKILL, which `rank` gets `after` so many seconds. After the first failure there are no
+    more: the other processes are ended, as a launcher ends them.
     """
     if work in ("quantize", "train"):
         place.run.new_attempt({"quantize": "prequantize"}.get(work, work))
@@ -263,6 +270,10 @@ def ends(work: str, place: Place, environment: dict[str, str], rank: int = 0) ->
         child.start()
         children[child.sentinel] = (number, child)
     codes: dict[int, int] = {}
+    if after is not None:
+        (victim,) = (child for number, child in children.values() if number == rank)
+        time.sleep(after)
+        victim.kill()
     while children:
         for ended in wait(list(children)):
             number, child = children.pop(ended)
@@ -308,6 +319,10 @@ class Turn:
         yield "oracle", {"points": passed, "left": left_behind(oracle), "outcome": expected}
         for number, point in enumerate(self._chosen(passed)):
             yield point, self._killed_at(point, self.fresh(str(number)), expected)
+        self.finish(oracle)
+
+    def finish(self, oracle: Place) -> None:
+        """Remove the oracle, or make it the start of the next turn."""
         if self.turn.get("keep"):
             shutil.rmtree(self.start)
             oracle.home.rename(self.start)
@@ -331,7 +346,11 @@ class Turn:
 
     def _killed_at(self, point: str, place: Place, expected: dict[str, Any]) -> dict[str, Any]:
         ended = ends(self.work, place, {VARIABLE: point}, self.rank)
-        told: dict[str, Any] = {"ended": ended.get(self.rank), "damaged": damaged(place)}
+        return {"ended": ended.get(self.rank), **self.again(place, expected)}
+
+    def again(self, place: Place, expected: dict[str, Any]) -> dict[str, Any]:
+        """What the killed ones have left, and what came of it when it was done again."""
+        told: dict[str, Any] = {"damaged": damaged(place)}
         told["saved"] = max(place.run.committed_steps(), default=0)
         before = Counter(step for step, *_ in _rows_of_steps(place))
         told["again"] = list(ends(self.work, place, {}).values())
@@ -348,7 +367,7 @@ class Turn:
         return told
 
 
-def serve(path: Path) -> None:
+def serve(path: Path, kind: type[Turn] = Turn) -> None:
     """Do what the job in `path` says; the answers go beside it."""
     job = json.loads(path.read_text())
     start = path.with_name("start")
@@ -356,14 +375,23 @@ def serve(path: Path) -> None:
     inputs = Path(job["inputs"])
     told = []
     for number, turn in enumerate(job["turns"]):
-        told.append(dict(Turn(inputs, start, {**turn, "number": number}).take()))
+        told.append(dict(kind(inputs, start, {**turn, "number": number}).take()))
     write_json(path.with_suffix(".told"), told)
 
 
-def launch(path: Path, inputs: Path, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each turn {point: what happened}, from a process of tests/warm.py; see `Turn`."""
+def launch(
+    path: Path,
+    inputs: Path,
+    turns: list[dict[str, Any]],
+    work: Callable[[Path], None] = serve,
+) -> list[dict[str, Any]]:
+    """For each turn {point: what happened}, from a process of tests/warm.py; see `Turn`.
+
+    Args:
+        work: called in it; see `serve`.
+    """
     path.write_text(json.dumps({"inputs": str(inputs), "turns": turns}))
-    printed = warm.run(serve, path, environment={**os.environ, **warm.CPU_ONLY})
+    printed = warm.run(work, path, environment={**os.environ, **warm.CPU_ONLY})
     told: list[dict[str, Any]] | None = read_json(path.with_suffix(".told"))
     assert told is not None, printed[-6000:]
     return told

@@ -38,10 +38,15 @@ def start_flow(
 
 def kill_when(child: "subprocess.Popen[bytes]", happened: Callable[[], bool]) -> None:
     """SIGKILL a process and all below it as soon as `happened`; it must not end before."""
-    while not happened():
+    wait_while(child, lambda: not happened())
+    kill_tree(child)
+
+
+def wait_while(child: "subprocess.Popen[bytes]", still: Callable[[], bool]) -> None:
+    """Return when it is no longer so; the process must not end before."""
+    while still():
         assert child.poll() is None, f"it ended with {child.returncode} before that happened"
         time.sleep(0.002)
-    kill_tree(child)
 
 
 def kill_tree(child: "subprocess.Popen[bytes]") -> None:

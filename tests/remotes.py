@@ -4,16 +4,22 @@ Import the fixtures by name into the test module that uses them.
 """
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from ditty.artifacts import commit_dir
+from ditty.artifacts import MANIFEST, commit_dir
+from ditty.remote import Remote
 from ditty.s3 import Patience
-from tests.faultproxy import FaultProxy
+from tests.faultproxy import Fault, FaultProxy
 
 NAME = "run/checkpoints/step_000000200"
 QUICK = Patience(attempts=4, first_wait_s=0.02, longest_wait_s=0.1, total_s=4, request_s=2)
@@ -73,3 +79,84 @@ def committed(path: Path, files: dict[str, bytes] | None = None, **facts: object
 def contents(directory: Path) -> dict[str, bytes]:
     paths = [p for p in directory.rglob("*") if p.is_file()]
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in paths}
+
+
+# What passes, by name. `big` goes in parts.
+TRANSIENT = {
+    "503 x 5 and a 409": [
+        Fault("^PUT .*weights", "answer", 5, 503, "SlowDown"),
+        Fault("^PUT .*manifest", "answer", 1, 409, "ConditionalRequestConflict"),
+    ],
+    "500 and 429 x 3 to questions": [
+        Fault("^HEAD ", "answer", 1, 500, "InternalError"),
+        Fault("^GET .*list-type", "answer", 3, 429, "TooManyRequests"),
+    ],
+    "replies lost": [Fault("^PUT .*weights", "drop_reply"), Fault("^PUT .*manifest", "drop_reply")],
+    "a put hangs, a body is cut": [
+        Fault("^PUT .*weights", "silence"),
+        Fault("^GET .*weights", "cut"),
+    ],
+    "bits flipped": [Fault("^PUT .*weights", "flip_up"), Fault("^GET .*other", "flip_down")],
+    "connections reset": [Fault("^PUT .*weights", "reset", 6), Fault("^GET .*weights", "reset", 6)],
+    "all slow": [Fault("", "delay", 6, seconds=0.3)],
+    "500, a reset and a cut within parts": [
+        Fault("^PUT .*big.*partNumber=2", "answer", 1, 500, "InternalError"),
+        Fault("^PUT .*big.*partNumber=3", "reset"),
+        Fault("^GET .*/big", "cut"),
+    ],
+}
+
+
+def survive(name: str, proxy: FaultProxy, bucket, patience: Patience, folder: Path) -> str:
+    """Copy there and back while the faults of TRANSIENT happen; how long each took, and orphans."""
+    files = {"weights": b"w" * 200_000, "other": b"o"}
+    if any("big" in fault.match for fault in TRANSIENT[name]):
+        files["big"] = os.urandom(11 << 20)
+    source = committed(folder / "source", files)
+    remote = Remote(f"s3://{bucket.name}", patience)
+    proxy.faults = [replace(fault) for fault in TRANSIENT[name]]
+    began = time.monotonic()
+    remote.put(source, NAME)
+    assert remote.names() == [NAME]
+    put = time.monotonic()
+    remote.get(NAME, folder / "final")
+    got = time.monotonic()
+    assert contents(folder / "final") == contents(source)
+    assert [fault.times for fault in proxy.faults] == [0] * len(proxy.faults)
+    assert ("big" in files) == bool(proxy.matching("partNumber=3"))
+    orphans = bucket.meta.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads", [])
+    assert orphans == []
+    return f"put {put - began:.1f} s, get {got - put:.1f} s, orphan parts {len(orphans)}"
+
+
+PUT_PROGRAM = """
+import sys
+from pathlib import Path
+from ditty.remote import Remote
+Remote(sys.argv[1]).put(Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def kill_between_objects(proxy: FaultProxy, remote: Remote, source: Path) -> int:
+    """SIGKILL a process that copies `source` before each of its objects in turn; how many kills.
+
+    What was there before a kill stays, and is not sent again.
+    """
+    held = [*sorted(FILES), MANIFEST]
+    for name in held:
+        proxy.seen.clear()
+        quoted = name.replace(" ", "%20")
+        proxy.faults = [Fault(f"^PUT .*{quoted}", "silence")]
+        child = subprocess.Popen([sys.executable, "-c", PUT_PROGRAM, remote.url, str(source), NAME])
+        assert proxy.matching(f"^PUT .*{quoted}", wait_s=60)
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        assert remote.names() == [] and remote.manifest(NAME) is None
+        sent = proxy.matching("^PUT ")
+        assert len(sent) <= 2, "the one that the kill before held up, and this one"
+    proxy.seen.clear()
+    remote.put(source, NAME)
+    assert len(proxy.matching("^PUT ")) == 1, "only the manifest was missing"
+    remote.get(NAME, source.with_name("copied back"))
+    assert contents(source.with_name("copied back")) == contents(source)
+    return len(held)

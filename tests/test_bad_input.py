@@ -182,10 +182,12 @@ def test_seq_len_beyond_the_models(tmp_path, no_process):
         prepare(make_spec(tmp_path, data__seq_len=1024))
 
 
-def test_no_chat_template(tmp_path, no_process):
+@pytest.mark.fault("tokenizer")
+def test_no_chat_template(tmp_path, no_process, figure):
     make_model_folder(tmp_path / "model", tokenizer=make_tokenizer(chat_template=None))
     with pytest.raises(DataError, match="chat template"):
         prepare(make_spec(tmp_path))
+    figure("without chat template: refused in plan")
 
 
 def test_no_end_token(tmp_path, no_process):
@@ -240,7 +242,8 @@ def test_unreachable_s3_and_no_credentials(tmp_path, no_process, monkeypatch):
     assert "canary-secret" not in str(error.value)
 
 
-def test_a_name_that_is_taken_by_another_spec(tmp_path, no_process):
+@pytest.mark.fault("changed spec")
+def test_a_name_that_is_taken_by_another_spec(tmp_path, no_process, figure):
     spec = make_spec(tmp_path)
     run = RunDir.named("x", Store().home)
     write_json(make_dir(run.root) / "spec.json", spec.model_dump(mode="json"))
@@ -255,6 +258,7 @@ def test_a_name_that_is_taken_by_another_spec(tmp_path, no_process):
         prepare(other)
     with pytest.raises(RunMismatch, match="global batch"):
         prepare(make_spec(tmp_path, train={"precision": "fp32", "micro_batch_size": 2}))
+    figure("refused before anything starts; 2 harmless changes pass")
 
 
 def ditty(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":

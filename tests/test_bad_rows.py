@@ -38,7 +38,8 @@ def lines_with(bad, count=500):
     return b"\n".join(lines)
 
 
-def test_bad_rows_are_set_aside_with_place_and_reason(tmp_path):
+@pytest.mark.fault("bad rows")
+def test_bad_rows_are_set_aside_with_place_and_reason(tmp_path, figure):
     huge = b"x" * (10 << 20)
     bad = {
         2: b'{"text": "b\xffc"}',
@@ -72,6 +73,8 @@ def test_bad_rows_are_set_aside_with_place_and_reason(tmp_path):
     assert message.startswith(f"{path}: 7 of 500 rows (1.40%) cannot be used, ")
     assert message.count(" x ") == 3 and "2 x not JSON, at line 3, line 499 (" in message
     assert len(message) < 1500
+    kept = f"{facts['read']} rows read = {len(rows)} kept + {len(lines)} set aside"
+    figure(f"{kept}, each with its line and reason; an error above the threshold")
 
 
 def test_the_odd_type_out_is_the_rarer_one(tmp_path):

@@ -4,11 +4,12 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from prefect.serializers import PickleSerializer
 
 from ditty.artifacts import Store
 from flows.caching import StageLocks, cache_key, stage_cache_policy
+from tests.faultproxy import flipped
 
 KEY = "a" * 64
 FLOW = Path(__file__).parent / "counted_flow.py"
@@ -113,20 +115,26 @@ def test_another_key_is_another_artifact(line: Line) -> None:
     assert line.count == 2
 
 
-def test_flipped_byte_is_rebuilt_not_served(line: Line) -> None:
+@pytest.mark.fault("damaged cache")
+def test_a_damaged_artifact_is_rebuilt_not_served(
+    line: Line, figure: Callable[[str], None]
+) -> None:
     line.run()
     good = line.artifact.read_bytes()
-    line.artifact.write_bytes(bytes([good[0] ^ 1]) + good[1:])
-    assert line.run() == "Completed"
-    assert line.count == 2 and line.artifact.read_bytes() == good
+    damages = {
+        "deleted": line.artifact.unlink,
+        "truncated": lambda: line.artifact.write_bytes(good[:-1]),
+        "flipped": lambda: line.artifact.write_bytes(flipped(good)),
+        "all deleted": lambda: shutil.rmtree(line.artifact.parent),
+    }
+    hits = 0
+    for number, (name, damage) in enumerate(damages.items()):
+        damage()
+        hits += line.run() == "Cached"
+        assert line.count == 2 + number, f"{name}: served"
+        assert line.artifact.read_bytes() == good
     assert line.run() == "Cached"
-
-
-def test_deleted_artifact_is_rebuilt(line: Line) -> None:
-    line.run()
-    line.artifact.unlink()
-    assert line.run() == "Completed"
-    assert line.artifact.exists()
+    figure(f"false hits {hits} of {len(damages)} ({', '.join(damages)})")
 
 
 @pytest.mark.parametrize(

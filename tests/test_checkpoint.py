@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ditty import checkpoint
+from ditty import pieces as pieces_module
 from ditty.checkpoint import Checkpointer, optimizer_states, shard_tensors
 from ditty.errors import RunMismatch, StoreError
 from ditty.parallel import Part, Replicated
@@ -80,8 +81,9 @@ def same_weights(root, a, b):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.fault("disk full")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_of_one_process_is_told_to_all_and_leaves_nothing(root, results, rank):
+def test_a_full_disk_of_one_process_is_told_to_all_and_leaves_nothing(root, results, rank, figure):
     failed = results[f"full-disk-{rank}-a"]
     for message in failed["errors"]:
         assert message.startswith(f"the checkpoint of step 4 was not written: rank {rank}: ")
@@ -89,6 +91,8 @@ def test_a_full_disk_of_one_process_is_told_to_all_and_leaves_nothing(root, resu
     assert failed["left"] == ["step_000000002"]
     assert results[f"full-disk-{rank}"]["losses"] == results["whole"]["losses"]
     assert same_weights(root, f"full-disk-{rank}", "whole")
+    bad = set(failed["left"]) - {"step_000000002"}
+    figure(f"full for rank {rank} of 2: bad commits {len(bad)}, both ranks say so")
 
 
 def test_a_process_killed_while_it_writes_leaves_no_committed_half(root, results):
@@ -394,6 +398,25 @@ def test_any_range_is_read_across_pieces(tmp_path):
     assert torch.equal(pieces.read_exact("weight/x.y", 7), whole[7:8])
     assert pieces.read_exact("weight/x.y", 6) is None
     assert pieces.length("weight/x.y", 8) == 12 and pieces.length("weight/x.y", 9) is None
+
+
+def test_each_file_is_opened_once_however_much_is_read(tmp_path, monkeypatch):
+    """Opening reads all names: once a tensor, a resume of 1,700 of them took 3 s."""
+    opened, whole = [], torch.randn(20)
+    cut(tmp_path / "a", "weight/x", whole, (7, 20))
+    open_file = pieces_module.safe_open
+    monkeypatch.setattr(
+        pieces_module,
+        "safe_open",
+        lambda path, **how: opened.append(path) or open_file(path, **how),
+    )
+    pieces = Pieces(tmp_path / "a")
+    assert torch.equal(pieces.read("weight/x", 3, 9), whole[3:9])
+    assert torch.equal(pieces.read_exact("weight/x", 7), whole[7:])
+    assert torch.equal(pieces.first("weight/x"), whole[:7])
+    assert sorted(path.name for path in opened) == sorted(
+        p.name for p in (tmp_path / "a").iterdir()
+    )
 
 
 def test_a_range_that_is_not_there_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from ditty import launch
 from ditty.artifacts import Store
 from ditty.errors import Crashed
-from ditty.rundir import RunDir, Status
+from ditty.rundir import RunDir, Status, read_result
 from ditty.spec import ModelSpec
 from ditty.specfile import parse_spec
 from flows import watch
@@ -44,7 +45,7 @@ def run_training(
 
     `stop_at`: ask for a stop once this step is in the log; the real one comes a little later.
     `check`: called once a second with the run directory and the attempt; may raise.
-    `changes`: keys of the spec's sections `model` and `train`.
+    `changes`: keys of the spec's sections `model` and `train`, and `grace_seconds`.
     """
     values = {
         "name": "run",
@@ -62,9 +63,9 @@ def run_training(
             "num_processes": processes,
             "device": device,
             "threads": 1,
-            "grace_seconds": 2,
         },
     }
+    values["launch"]["grace_seconds"] = changes.pop("grace_seconds", 2)
     for name, value in changes.items():
         values["model" if name in ModelSpec.model_fields else "train"][name] = value
     spec = parse_spec(values)
@@ -122,19 +123,52 @@ def test_two_processes_stop_when_asked_and_go_on(inputs, tmp_path):
     assert len(losses(run)) == 60 and adapter(tmp_path)
 
 
+class Told(Exception):
+    """What a flow raises when it gets SIGTERM."""
+
+
+@pytest.mark.fault("sigterm")
 @pytest.mark.slow
-def test_a_hung_rank_is_found_named_and_ended(inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("grace", [0, 2, 30])
+def test_sigterm_with_so_much_grace(inputs, tmp_path, grace, figure):
+    """A save every 5 steps: with no time for one, those since the last are lost, and no more."""
+
+    def tell(run: RunDir, attempt: Path) -> None:
+        if len(losses(run)) >= 12:
+            raise Told
+
+    options: dict[str, Any] = {"max_steps": 5000, "save_steps": 5, "grace_seconds": grace}
+    with pytest.raises(Told):
+        run_training(inputs, tmp_path, 2, check=tell, **options)
+    run = RunDir.named("run", tmp_path)
+    (attempt,) = run.attempts("train")
+    beats = [json.loads(p.read_text()) for p in (attempt / "heartbeat").glob("*.json")]
+    assert len(beats) == 2 and not any(psutil.pid_exists(beat["pid"]) for beat in beats)
+    lost = len(losses(run)) - run.committed_steps()[-1]
+    figure(f"grace {grace} s, a save every 5 steps: steps lost {lost}")
+    result = read_result(attempt)
+    if grace:
+        assert lost == 0 and result and result.status is Status.PREEMPTED
+    else:
+        assert result is None and lost <= 5
+
+
+@pytest.mark.fault("hung rank")
+@pytest.mark.slow
+def test_a_hung_rank_is_found_named_and_ended(inputs, tmp_path, monkeypatch, figure):
     """One process is stopped in the middle of training; the other one waits for it."""
     monkeypatch.setitem(watch.PHASE_SECONDS, "data", 4.0)
     monkeypatch.setitem(watch.PHASE_SECONDS, "step", 4.0)
     pids: dict[str, int] = {}
     watches: list[StallWatch] = []
+    stopped: list[float] = []
 
     def check(run: RunDir, attempt: Path) -> None:
         if not pids and len(losses(run)) >= 3:
             beats = sorted((attempt / "heartbeat").glob("*.json"))
             pids.update({p.stem: json.loads(p.read_text())["pid"] for p in beats})
             os.kill(pids["rank_00001"], signal.SIGSTOP)
+            stopped.append(time.monotonic())
             watches.append(StallWatch(attempt / "heartbeat"))
         for stall in watches:
             stall.check()
@@ -142,6 +176,7 @@ def test_a_hung_rank_is_found_named_and_ended(inputs, tmp_path, monkeypatch):
     options: dict[str, Any] = {"max_steps": 5000, "save_steps": 5000}
     with pytest.raises(Crashed, match="it hangs, and was ended") as caught:
         run_training(inputs, tmp_path, 2, check=check, **options)
+    figure(f"a limit of 4 s set: gone {time.monotonic() - stopped[0]:.0f} s after SIGSTOP")
     zero, one = re.findall(r"\nrank_0000[01]: .*(?:\n  .*)*", str(caught.value))
     assert "in all_reduce" in zero and "in fit" in zero, "what it waits in, and how it got there"
     assert "stopped: it shows no stack" in one

@@ -7,12 +7,15 @@ rows of each step.
 import ast
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import killed
+from tests.chaos import chaos
 from tests.processes import ROOT
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.tiny import make_model_folder
@@ -69,6 +72,21 @@ def test_every_durable_act_is_behind_a_fail_point() -> None:
     assert found >= 8, "the names of the acts have changed"
 
 
+def say(
+    figure: Callable[..., None], turns: list[dict[str, Any]], told: list[dict[str, Any]]
+) -> None:
+    """What `check` has found, as figures."""
+    kills: Counter[str] = Counter()
+    for turn, found in zip(turns, told, strict=True):
+        kills[turn["work"]] += len(found) - 1
+    figure(
+        f"{kills['train']} kills at fail points of trainings: each goes on at its last save, "
+        "0 rows twice or never, files bitwise equal",
+        "sigkill",
+    )
+    figure(f"{kills['copy']} kills at fail points: partial ones accepted 0", "upload killed")
+
+
 def acts_of(told: list[dict[str, Any]]) -> set[str]:
     return {point.split()[0] for found in told for point in found["oracle"]["points"]}
 
@@ -79,10 +97,13 @@ def known_acts() -> set[str]:
     return set(re.findall(r'fail_point\("(\w+)"', text))
 
 
+@pytest.mark.fault("sigkill")
+@pytest.mark.fault("upload killed")
 def test_killed_at_a_spread_of_points(
     inputs: Path,
     tmp_path: Path,
     bucket: Any,  # noqa: F811
+    figure: Callable[[str], None],
 ) -> None:
     turns: list[dict[str, Any]] = [
         {"work": "make_data", "every": 4, "keep": True},
@@ -95,15 +116,19 @@ def test_killed_at_a_spread_of_points(
     told = killed.launch(tmp_path / "job", inputs, turns)
     for turn, found in zip(turns, told, strict=True):
         check(found, turn["work"] == "train")
+    say(figure, turns, told)
     # Half a multipart upload, of 32 MB and more: test_s3.py.
     assert acts_of(told) == known_acts() - {"abort"}, "a point that no tiny run passes"
 
 
+@pytest.mark.fault("sigkill")
+@pytest.mark.fault("upload killed")
 @pytest.mark.slow
 def test_killed_at_every_point(
     inputs: Path,
     tmp_path: Path,
     bucket: Any,  # noqa: F811
+    figure: Callable[[str], None],
 ) -> None:
     """About 350 kills: every point of one process, one of each kind of two."""
     turns: list[dict[str, Any]] = [
@@ -119,5 +144,34 @@ def test_killed_at_every_point(
     for turn, found in zip(turns, told, strict=True):
         check(found, turn["work"] == "train")
     kills = sum(len(found) - 1 for found in told)
-    print(f"{kills} kills, each survived")
+    say(figure, turns, told)
     assert kills > 300
+
+
+CHAOS_SECONDS = 240
+
+
+@pytest.mark.fault("sigkill")
+@pytest.mark.slow
+def test_killed_at_random_times(
+    inputs: Path, tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    """Rounds of up to three kills of one of two ranks, as many as there is time for."""
+    turns: list[dict[str, Any]] = [
+        {"work": "make_data", "keep": True},
+        {"work": "quantize", "keep": True},
+        {"work": "train", "ranks": 2, "seconds": CHAOS_SECONDS, "seed": 9},
+    ]
+    *_, told = killed.launch(tmp_path / "job", inputs, turns, chaos)
+    rounds = [found for name, found in told.items() if name != "oracle"]
+    kills = [kill for found in rounds for kill in found["kills"] if kill["ended"] == KILLED]
+    for found in rounds:
+        assert set(found["again"]) == {0}, f"{found['kills']}: done again, it failed"
+        assert found["damaged"] == found["other"] == found["left"] == [], found["kills"]
+    assert len(kills) >= 10 and {kill["rank"] for kill in kills} == {0, 1}
+    resumed = sum(found["saved"] > 0 for found in rounds)
+    assert resumed >= 3, "too few of them came after a checkpoint"
+    figure(
+        f"{len(kills)} kills at random times in {len(rounds)} runs of two ranks, {resumed} of them "
+        "after a checkpoint: files, losses, learning rates and rows of each step as undisturbed"
+    )

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,11 @@ def states(spec: RunSpec) -> dict[str, EventState]:
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) -> None:
+@pytest.mark.fault("sigterm")
+@pytest.mark.fault("cancelled")
+def test_terminated_resumed_cached(
+    spec: RunSpec, home: Path, prefect_api: str, figure: Callable[[str], None]
+) -> None:
     run = RunDir.named("demo", home)
     child = start_flow(spec, home, prefect_api)
     while not any(r["step"] >= 2 for r in run.metrics()):
@@ -63,6 +68,10 @@ def test_terminated_resumed_cached(spec: RunSpec, home: Path, prefect_api: str) 
     assert result and result.status is Status.PREEMPTED
     (saved,) = run.committed_steps()
     assert 2 <= saved < STEPS
+    lost = max(record["step"] for record in run.metrics()) - saved
+    figure(f"grace {spec.launch.grace_seconds:g} s: steps lost {lost}", "sigterm")
+    figure("by SIGTERM, as a runner does it: processes left 0, last step saved", "cancelled")
+    assert lost == 0 and result.step == saved
 
     upload = f"upload to {spec.upload.url}"
     assert states(spec) == {

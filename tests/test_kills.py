@@ -4,7 +4,10 @@ The oracle is an undisturbed run of the same spec in another DITTY_HOME.
 """
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -15,12 +18,12 @@ import pytest
 
 from ditty.errors import Preempted
 from ditty.files import sha256_file
-from ditty.rundir import RunDir
+from ditty.rundir import CRASH_FILE, RunDir
 from ditty.spec import RunSpec
 from flows.finetune import finetune
 from flows.progress import Event, EventState, listen
 from tests import warm
-from tests.processes import kill_when, start_flow
+from tests.processes import kill_when, start_flow, wait_while
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.tiny import make_model_folder
 
@@ -112,13 +115,26 @@ def moments(home: Path, target: Path) -> dict[str, Callable[[], bool]]:
 
 
 @pytest.mark.usefixtures("forked_workers")
+@pytest.mark.fault("sigkill")
 def test_killed_at_five_moments_ends_like_an_undisturbed_run(
-    place: Path, oracle: str, home: Path, tmp_path: Path, prefect_api: str
+    place: Path,
+    oracle: str,
+    home: Path,
+    tmp_path: Path,
+    prefect_api: str,
+    figure: Callable[[str], None],
 ) -> None:
+    """While it trains only the rank is killed: the same flow goes on, to the next moment."""
     spec = make_spec(place, f"file://{tmp_path}/target")
     kept: dict[str, int] = {}
+    run = RunDir.named("demo", home)
     for moment, happens in moments(home, tmp_path / "target").items():
-        kill_when(start_flow(spec, home, prefect_api), happens)
+        if moment != "checkpoint":
+            flow = start_flow(spec, home, prefect_api)
+        if moment == "train":
+            figure(f"{seconds_to_detection(flow, run, happens):.1f} s to detection")
+            continue
+        kill_when(flow, happens)
         now = committed(home)
         assert {path: now.get(path) for path in kept} == kept, f"{moment}: a stage was made again"
         kept = now
@@ -132,8 +148,26 @@ def test_killed_at_five_moments_ends_like_an_undisturbed_run(
     assert sha256_file(uploaded) == oracle
 
     assert set(run_here(spec).values()) == {EventState.CACHED}, "the next run does nothing"
-    attempts = len(RunDir.named("demo", home).attempts("train"))
-    assert attempts == 2 or attempts == 3, "training was started again"
+    attempts = len(run.attempts("train"))
+    assert attempts == 3 or attempts == 4, "training was started again"
+
+
+def seconds_to_detection(
+    flow: "subprocess.Popen[bytes]", run: RunDir, happens: Callable[[], bool]
+) -> float:
+    """SIGKILL the rank that trains as soon as `happens`; until the flow has noted that it is gone.
+
+    Returns once the next attempt is there.
+    """
+    wait_while(flow, lambda: not happens())
+    (attempt,) = run.attempts("train")
+    beat = json.loads((attempt / "heartbeat/rank_00000.json").read_text())
+    os.kill(beat["pid"], signal.SIGKILL)
+    killed = time.monotonic()
+    wait_while(flow, lambda: not (attempt / CRASH_FILE).exists())
+    seconds = time.monotonic() - killed
+    wait_while(flow, lambda: len(run.attempts("train")) < 2)
+    return seconds
 
 
 @pytest.mark.usefixtures("forked_workers")

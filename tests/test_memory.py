@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ditty.choices import ActivationCheckpointing, Sharding
-from ditty.errors import SpecError
+from ditty.errors import LESS_MEMORY, SpecError
 from ditty.fit import expected_memory, fitted
 from ditty.memory import Sizes, budget_of, expect_held, plan_memory
 from ditty.model import add_adapter
@@ -13,6 +13,7 @@ from ditty.parallel import make_parallel
 from ditty.recompute import held_by
 from ditty.shapes import SHAPES
 from ditty.spec import LaunchSpec, RunSpec, TrainSpec
+from ditty.worker import explain
 from ditty.world import single
 from tests.architectures import TRAINED
 
@@ -234,3 +235,14 @@ def test_auto_rows_of_what_is_not_predicted_are_refused(gpus, tmp_path):
         fitted(spec, gpus(None))
     with pytest.raises(ValueError, match="micro_batch_size"):
         spec_of(micro_batch_size="all")
+
+
+@pytest.mark.fault("out of memory")
+def test_a_host_that_has_no_more_is_out_of_memory(figure):
+    """By torch's own error: on a CPU it has no class for that."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    result = explain(caught.value)
+    assert (result.kind, result.retryable) == ("OutOfMemory", False)
+    assert LESS_MEMORY in result.message and str(1 << 60) in result.message
+    figure("on a CPU: retries 0, the error has the bytes and what to lower")

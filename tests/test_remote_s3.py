@@ -18,7 +18,14 @@ from ditty.errors import RemoteDenied, RemoteError
 from ditty.remote import Remote
 from ditty.s3 import Patience
 from tests.faultproxy import Fault, FaultProxy
-from tests.remotes import NAME, committed, contents
+from tests.remotes import (
+    NAME,
+    TRANSIENT,
+    committed,
+    contents,
+    kill_between_objects,
+    survive,
+)
 from tests.seaweed import Seaweed, weed
 
 pytestmark = [
@@ -82,7 +89,11 @@ def test_round_trip_with_parts(bucket, tmp_path: Path) -> None:
     assert list(bucket.objects.all()) == []
 
 
-def test_wrong_credentials_are_denied(bucket, server: Seaweed, sign_in, tmp_path: Path) -> None:
+@pytest.mark.fault("s3 credentials")
+def test_wrong_credentials_are_denied(
+    bucket, server: Seaweed, sign_in, tmp_path: Path, figure
+) -> None:
+    denied = 0
     source = committed(tmp_path / "source", {"a": b"1"})
     Remote(f"s3://{bucket.name}", STEADY).put(source, NAME)
     for keys in [
@@ -101,6 +112,8 @@ def test_wrong_credentials_are_denied(bucket, server: Seaweed, sign_in, tmp_path
             with pytest.raises(RemoteDenied, match="AWS_SECRET_ACCESS_KEY") as caught:
                 call(*given)
             assert keys[1] not in str(caught.value) and keys[0] not in str(caught.value)
+            denied += 1
+    figure(f"SeaweedFS, wrong key or secret after a checkpoint: false fresh starts 0 of {denied}")
 
 
 def test_read_only_credentials_read_but_do_not_pass_the_check(
@@ -120,6 +133,28 @@ def test_read_only_credentials_read_but_do_not_pass_the_check(
         with pytest.raises(RemoteDenied):
             call()
     assert remote.names() == [NAME]
+
+
+@pytest.mark.fault("s3 faults")
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_faults_before_a_real_server(
+    bucket, server: Seaweed, sign_in, tmp_path: Path, name: str, monkeypatch, figure
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    with FaultProxy(server.url) as proxy:
+        sign_in(server.keys, proxy.url)
+        figure(f"SeaweedFS, {name}: {survive(name, proxy, bucket, STEADY, tmp_path)}")
+
+
+@pytest.mark.fault("upload killed")
+def test_upload_killed_between_two_objects(
+    bucket, server: Seaweed, sign_in, tmp_path: Path, figure
+) -> None:
+    source = committed(tmp_path / "source")
+    with FaultProxy(server.url) as proxy:
+        sign_in(server.keys, proxy.url)
+        kills = kill_between_objects(proxy, Remote(f"s3://{bucket.name}", STEADY), source)
+    figure(f"SeaweedFS, {kills} kills: partial ones accepted 0")
 
 
 def test_no_such_bucket(sign_in) -> None:
@@ -153,8 +188,9 @@ def test_bits_flipped_on_the_way_never_arrive(
         assert stored == (source / key).read_bytes()
 
 
+@pytest.mark.fault("s3 faults")
 def test_server_killed_in_the_middle_of_an_upload(
-    bucket, server: Seaweed, sign_in, tmp_path: Path
+    bucket, server: Seaweed, sign_in, tmp_path: Path, figure
 ) -> None:
     files = {"a": b"a" * 1000, "big": os.urandom(2 * s3.PART_BYTES + 1), "z": b"z"}
     source = committed(tmp_path / "source", files)
@@ -166,9 +202,13 @@ def test_server_killed_in_the_middle_of_an_upload(
         upload.start()
         assert proxy.matching("partNumber=1", wait_s=60)
         server.kill()
+        killed = time.monotonic()
         time.sleep(1)
         server.start()
         upload.join()
+    figure(
+        f"SeaweedFS killed in an upload: done {time.monotonic() - killed:.0f} s later, orphans 0"
+    )
     assert outcome == [read_manifest(source).digest]
     # s3fs could not abort the upload that the kill broke: `put` did, once it had committed.
     assert "Uploads" not in bucket.meta.client.list_multipart_uploads(Bucket=bucket.name)
@@ -183,8 +223,8 @@ def test_dead_server_is_an_error_within_bounds(
     bucket, server: Seaweed, sign_in, tmp_path: Path
 ) -> None:
     source = committed(tmp_path / "source", {"a": b"1"})
+    Remote(f"s3://{bucket.name}", STEADY).put(source, NAME)  # a moment after an earlier restart
     remote = Remote(f"s3://{bucket.name}", Patience(3, 0.1, 0.1, 5, 2))
-    remote.put(source, NAME)
     server.kill()
     try:
         for call in (remote.names, lambda: remote.manifest(NAME), remote.check):

@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -405,8 +406,12 @@ def test_a_report_that_cannot_be_made_is_said_once_and_stops_nothing(
     assert published[0].startswith("# demo: step 3 of 10")
 
 
+@pytest.mark.fault("prefect down")
 def test_training_goes_on_without_an_api(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    figure: Callable[[str], None],
 ) -> None:
     monkeypatch.setattr(training, "REPORT_SECONDS", 0.01)
     monkeypatch.setattr(training, "LEAVING_SECONDS", 0.01)
@@ -435,6 +440,7 @@ def test_training_goes_on_without_an_api(
             reporter.check()
         assert reporter.step == 2 and reporter.state == "done"
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+    figure("never there: the reporter waits for nothing, steps lost 0")
 
 
 def test_an_api_that_hangs_or_fails_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:

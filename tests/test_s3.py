@@ -6,12 +6,8 @@ real server about both.
 
 # ruff: noqa: F811  (imported fixtures)
 import os
-import signal
-import subprocess
-import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,12 +22,15 @@ from tests.remotes import (  # noqa: F401
     FILES,
     NAME,
     QUICK,
+    TRANSIENT,
     bucket,
     committed,
     contents,
+    kill_between_objects,
     moto_url,
     proxy,
     s3_env,
+    survive,
 )
 
 
@@ -49,35 +48,14 @@ def test_manifest_goes_last_and_a_second_put_sends_nothing(
     assert proxy.matching("^(PUT|POST) ") == []
 
 
-PUT_PROGRAM = """
-import sys
-from pathlib import Path
-from ditty.remote import Remote
-Remote(sys.argv[1]).put(Path(sys.argv[2]), sys.argv[3])
-"""
-
-
+@pytest.mark.fault("upload killed")
 def test_upload_killed_between_two_objects_commits_nothing(
-    proxy: FaultProxy, bucket, tmp_path: Path
+    proxy: FaultProxy, bucket, tmp_path: Path, figure
 ) -> None:
     source = committed(tmp_path / "source")
-    remote = Remote(f"s3://{bucket.name}", QUICK)
-    for held in ["state", MANIFEST]:  # the kill comes before this one is written
-        proxy.seen.clear()
-        proxy.faults = [Fault(f"^PUT .*{held}", "silence")]
-        child = subprocess.Popen(
-            [sys.executable, "-c", PUT_PROGRAM, f"s3://{bucket.name}", str(source), NAME]
-        )
-        assert proxy.matching(f"^PUT .*{held}", wait_s=60)
-        os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        assert remote.names() == [] and remote.manifest(NAME) is None
-    assert len(list(bucket.objects.all())) == len(FILES)
-    proxy.seen.clear()
-    remote.put(source, NAME)
-    assert len(proxy.matching("^PUT ")) == 1  # only the manifest was missing
-    remote.get(NAME, tmp_path / "final")
-    assert contents(tmp_path / "final") == contents(source)
+    kills = kill_between_objects(proxy, Remote(f"s3://{bucket.name}", QUICK), source)
+    assert len(list(bucket.objects.all())) == len(FILES) + 1
+    figure(f"moto, {kills} kills: partial ones accepted 0")
 
 
 def test_unfinished_uploads_of_this_name_only_are_aborted(bucket, tmp_path: Path) -> None:
@@ -106,36 +84,16 @@ def test_large_file_goes_in_parts_and_comes_back(
     assert contents(tmp_path / "final") == contents(source)
 
 
-@pytest.mark.parametrize(
-    "faults",
-    [
-        [
-            Fault("^PUT .*weights", "answer", 5, 503, "SlowDown"),
-            Fault("^PUT .*manifest", "answer", 1, 409, "ConditionalRequestConflict"),
-        ],
-        [
-            Fault("^HEAD ", "answer", 1, 500, "InternalError"),
-            Fault("^GET .*list-type", "answer", 3, 429, "TooManyRequests"),
-        ],
-        [Fault("^PUT .*weights", "drop_reply"), Fault("^PUT .*manifest", "drop_reply")],
-        [Fault("^PUT .*weights", "silence"), Fault("^GET .*weights", "cut")],
-        [Fault("^PUT .*weights", "flip_up"), Fault("^GET .*other", "flip_down")],
-    ],
-    ids=lambda faults: "+".join(f"{f.act}{f.status if f.act == 'answer' else ''}" for f in faults),
-)
+@pytest.mark.fault("s3 faults")
+@pytest.mark.parametrize("name", TRANSIENT)
 def test_transient_faults_are_survived(
-    proxy: FaultProxy, bucket, tmp_path: Path, faults: list[Fault]
+    proxy: FaultProxy, bucket, tmp_path: Path, name: str, monkeypatch, figure
 ) -> None:
-    source = committed(tmp_path / "source", {"weights": b"w" * 200_000, "other": b"o"})
-    remote = Remote(f"s3://{bucket.name}", QUICK)
-    proxy.faults = [replace(fault) for fault in faults]
-    remote.put(source, NAME)
-    assert remote.names() == [NAME]
-    remote.get(NAME, tmp_path / "final")
-    assert contents(tmp_path / "final") == contents(source)
-    assert [fault.times for fault in proxy.faults] == [0] * len(faults)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    figure(f"moto, {name}: {survive(name, proxy, bucket, QUICK, tmp_path)}")
 
 
+@pytest.mark.fault("s3 credentials")
 @pytest.mark.parametrize(
     ("status", "code", "error"),
     [
@@ -147,7 +105,7 @@ def test_transient_faults_are_survived(
     ],
 )
 def test_a_refusal_is_never_taken_for_nothing_there(
-    proxy: FaultProxy, bucket, status: int, code: str, error: type[RemoteError]
+    proxy: FaultProxy, bucket, status: int, code: str, error: type[RemoteError], figure
 ) -> None:
     remote = Remote(f"s3://{bucket.name}", Patience(2, 0.01, 0.01, 5, 2))
     proxy.faults = [Fault("", "answer", 10_000, status, code)]
@@ -157,6 +115,7 @@ def test_a_refusal_is_never_taken_for_nothing_there(
         assert type(caught.value) is error
         assert caught.value.retryable == (status == 500)
         assert bucket.name in str(caught.value) and "canary" not in str(caught.value).lower()
+    figure(f"{code}: false fresh starts 0 of 2")
 
 
 def test_denied_says_so_whatever_was_asked(proxy: FaultProxy, bucket, tmp_path: Path) -> None:
@@ -174,7 +133,10 @@ def test_denied_says_so_whatever_was_asked(proxy: FaultProxy, bucket, tmp_path: 
     assert list(bucket.objects.all()) == [] and not (tmp_path / "final").exists()
 
 
-def test_refused_in_the_middle_of_an_upload(proxy: FaultProxy, bucket, tmp_path: Path) -> None:
+@pytest.mark.fault("s3 credentials")
+def test_refused_in_the_middle_of_an_upload(
+    proxy: FaultProxy, bucket, tmp_path: Path, figure
+) -> None:
     remote = Remote(f"s3://{bucket.name}", QUICK)
     proxy.faults = [Fault("^PUT .*weights", "answer", 10_000, 400, "ExpiredToken")]
     with pytest.raises(RemoteDenied, match="write .*weights.*ExpiredToken"):
@@ -183,6 +145,7 @@ def test_refused_in_the_middle_of_an_upload(proxy: FaultProxy, bucket, tmp_path:
     with pytest.raises(RemoteDenied, match="look at .*empty.*403"):
         remote.put(committed(tmp_path / "source2"), NAME)
     assert remote.names() == []
+    figure("expired midway: said, nothing committed")
 
 
 def test_a_listing_is_read_to_its_last_page(

@@ -149,9 +149,10 @@ def _is_done_again_when_due(served: Serving, spec: dict[str, Any]) -> None:
 WORKER = ["-m", "prefect", "worker"]
 
 
+@pytest.mark.fault("cancelled")
 @pytest.mark.service
 @pytest.mark.slow
-def test_every_way_to_stop_a_run_ends_it_in_the_right_state(tmp_path: Path) -> None:
+def test_every_way_to_stop_a_run_ends_it_in_the_right_state(tmp_path: Path, figure: Any) -> None:
     """The table of ways in which a run ends early; each time the same name goes on."""
     with serving(tmp_path) as served:
         spec = tiny_spec(tmp_path, "stopped", steps=20000)
@@ -165,6 +166,7 @@ def test_every_way_to_stop_a_run_ends_it_in_the_right_state(tmp_path: Path) -> N
         assert served.state(first) == "Running", "the wrong one was cancelled"
         _cancelled(served, first)
         _is_saved_and_gone(served, "stopped", attempts=1)
+        figure("processes left 0, a checkpoint of the last step")
 
         second = _training(served, spec)
         _flow_process(served, second).terminate()

@@ -43,7 +43,8 @@ def bracketed(tmp_path_factory):
 # Chats
 
 
-def test_assistant_turns_are_supervised_with_their_end(tmp_path, chatml):
+@pytest.mark.fault("tokenizer")
+def test_assistant_turns_are_supervised_with_their_end(tmp_path, chatml, figure):
     tokenizer = load_tokenizer(chatml)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     facts, train, _ = run_chats(tmp_path, CHATS, chatml)
@@ -57,6 +58,10 @@ def test_assistant_turns_are_supervised_with_their_end(tmp_path, chatml):
         assert row["input_ids"] == tokenizer.apply_chat_template(messages(chat), return_dict=False)
     assert facts["rows"] == facts["train_rows"] == 4
     assert facts["dropped"] == {}
+    turns = sum(m["role"] == "assistant" for chat in CHATS for m in messages(chat))
+    learned = sum(row["labels"].count(tokenizer.eos_token_id) for row in train)
+    figure(f"pad = eos: eos in labels {learned / turns:.0%} ({learned} of {turns} turns)")
+    assert learned == turns
 
 
 def test_masks_agree_with_transformers_where_the_template_marks_them(tmp_path, chatml, marked):
@@ -374,12 +379,14 @@ def test_a_few_bad_rows_are_set_aside(tmp_path, chatml):
         run(tmp_path, rows, chatml, **spec, max_bad_fraction=0.002)
 
 
-def test_a_row_of_10_mb_is_as_any_other(tmp_path, chatml):
+@pytest.mark.fault("bad rows")
+def test_a_row_of_10_mb_is_as_any_other(tmp_path, chatml, figure):
     rows = [{"text": "a" + " " * (10 << 20)}, {"text": "Hello there"}]  # one word, to BPE
     facts, train, _ = run(tmp_path, rows, chatml, format="text", seq_len=64)
     assert facts["max_length"] > 10_000
     assert len(train) == 2 and len(train[0]["input_ids"]) == 64
     assert (facts["truncated"], facts["quarantined"]) == (1, {})
+    figure(f"10 MB: {facts['rows']} rows in, {len(train)} out, 1 of them cut")
 
 
 @pytest.mark.parametrize(
@@ -396,7 +403,8 @@ def test_a_missing_column_is_named(tmp_path, chatml, spec, message):
         run(tmp_path, [{"txt": "a", "prompt": "b"}], chatml, **spec)
 
 
-def test_tokenizers_that_cannot_be_used(tmp_path):
+@pytest.mark.fault("tokenizer")
+def test_tokenizers_that_cannot_be_used(tmp_path, figure):
     with pytest.raises(DataError, match="there is no tokenizer folder"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -405,6 +413,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path):
     folder = train_tokenizer(tmp_path / "t", eos_token=None, pad_token=None)
     with pytest.raises(DataError, match="has no eos_token"):
         load_tokenizer(folder)
+    figure("without eos: refused, by name")
 
 
 def test_the_same_rows_make_the_same_files(tmp_path, chatml, texts):

@@ -287,13 +287,16 @@ def test_an_option_that_the_schedule_has_not_is_refused_before_a_step(folder, tm
         run_trainer(folder, tmp_path, settings(schedule_options={"num_cycle": 2}))
 
 
-def test_changed_spec_is_refused_and_named(folder, tmp_path):
+@pytest.mark.fault("changed spec")
+def test_changed_spec_is_refused_and_named(folder, tmp_path, figure):
     run_trainer(folder, tmp_path, settings(max_steps=2))
     with pytest.raises(RunMismatch, match=r"learning_rate was 0\.001, now 0\.5"):
         run_trainer(folder, tmp_path, settings(max_steps=2, learning_rate=0.5))
+    figure("refused by the checkpoint, and the key is named")
 
 
-def test_non_finite_loss_is_never_committed(folder, tmp_path):
+@pytest.mark.fault("not finite")
+def test_non_finite_loss_is_never_committed(folder, tmp_path, figure):
     module = build(folder)
     train = settings(
         max_steps=6, save_steps=1, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0
@@ -301,6 +304,7 @@ def test_non_finite_loss_is_never_committed(folder, tmp_path):
     with pytest.raises(RunError, match="step 2: loss"):
         run_trainer(folder, tmp_path, train, module=module)
     assert RunDir(tmp_path / "run").committed_steps() == [1]
+    figure("NaN commits 0 (non-finite loss)")
 
 
 @pytest.mark.parametrize("save_steps", [1, 100])

@@ -96,14 +96,19 @@ def test_a_passing_failure_is_tried_again_in_a_new_attempt(trainings: Trainings)
 
 
 @pytest.mark.parametrize(
-    ("result", "error"), [(NO_MEMORY, OutOfMemory), (STOPPED, Preempted)], ids=["memory", "stop"]
+    ("result", "error"),
+    [
+        pytest.param(NO_MEMORY, OutOfMemory, marks=pytest.mark.fault("out of memory"), id="memory"),
+        pytest.param(STOPPED, Preempted, id="stop"),
+    ],
 )
 def test_a_lasting_failure_is_not(
-    trainings: Trainings, result: Result, error: type[DittyError]
+    trainings: Trainings, result: Result, error: type[DittyError], figure: Callable[[str], None]
 ) -> None:
     with pytest.raises(error, match=result.message):
         trainings.go(result)
     assert len(trainings.attempts) == 1
+    figure(f"{result.kind}: retries {len(trainings.attempts) - 1}")
 
 
 def test_retries_come_from_the_spec(trainings: Trainings) -> None:
@@ -114,10 +119,14 @@ def test_retries_come_from_the_spec(trainings: Trainings) -> None:
         trainings.go(PREEMPTED, PREEMPTED)
 
 
-def test_two_crashes_without_a_checkpoint_between_them_stop_the_run(trainings: Trainings) -> None:
+@pytest.mark.fault("out of memory")
+def test_two_crashes_without_a_checkpoint_between_them_stop_the_run(
+    trainings: Trainings, figure: Callable[[str], None]
+) -> None:
     with pytest.raises(Crashed, match="without getting past step 3"):
         trainings.go(CRASHED, saved_then(3, CRASHED), CRASHED)
     assert len(trainings.attempts) == 3
+    figure("killed by the kernel: retries 1 from the same checkpoint")
 
 
 def test_an_error_before_the_launch_is_no_crash(trainings: Trainings) -> None:
@@ -233,8 +242,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.fault("cancelled")
 def test_a_cancel_that_no_runner_carries_out_stops_training(
-    trainings: Trainings, impatient: None
+    trainings: Trainings, impatient: None, figure: Callable[[str], None]
 ) -> None:
     from prefect.client.orchestration import get_client
     from prefect.runtime import flow_run
@@ -259,6 +269,7 @@ def test_a_cancel_that_no_runner_carries_out_stops_training(
 
     assert cancelled() == "stopped"
     assert len(trainings.attempts) == 1
+    figure("without a runner: the flow sees it and ends its attempt")
 
 
 def test_logs_and_progress_reach_the_api(trainings: Trainings, impatient: None) -> None:

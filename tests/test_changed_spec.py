@@ -1,0 +1,103 @@
+"""Every key of a spec, changed before a resume: refused, unless it is known to be harmless.
+
+What is harmless is listed here by hand: a key that is added to the spec has to be thought about.
+"""
+
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from ditty import preflight, stages
+from ditty.artifacts import Store
+from ditty.errors import RunMismatch
+from ditty.files import make_dir, write_json
+from ditty.identity import check_identity
+from ditty.rundir import RunDir
+from ditty.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
+from tests.test_bad_input import make_spec
+
+SECTIONS = {"data": DataSpec, "model": ModelSpec, "train": TrainSpec}
+# They say how often, where or how fast, and not what.
+HARMLESS = {
+    "data.max_bad_fraction", "data.num_proc", "train.activation_checkpointing",
+    "train.deterministic", "train.eval_steps", "train.keep_checkpoints", "train.max_memory_gb",
+    "train.num_samples", "train.sample_max_tokens", "train.sample_steps", "train.save_steps",
+    "train.sharding",
+}  # fmt: skip
+# Keys that do nothing, or may not be there, in a spec with one local source and one process.
+IDLE = {
+    "data.seed", "data.stopping_strategy", "data.sources", "data.subset", "data.split",
+    "data.revision", "model.revision", "model.trust_remote_code", "train.shard_size",
+    "train.cpu_offload", "train.offload_gpu_gb",
+}  # fmt: skip
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+VALUES = {
+    "data.format": "conversations",
+    "data.columns": {"messages": "talk"},
+    "data.loss_on": "all",
+    "data.chat_template": TEMPLATE,
+    "data.operations": [{"method": "sort", "kwargs": {"column_names": "messages"}}],
+    "data.eval_fraction": 0.3,
+    "data.seq_len": 48,
+    "model.target_modules": ["q_proj"],
+    "model.modules_to_save": ["lm_head"],
+    "train.schedule_options": {"num_cycles": 2},
+    "train.compile": True,
+    "train.micro_batch_size": 2,
+}
+
+
+def other(key: str, annotation: Any, value: Any) -> Any:
+    """Another value of a key: of VALUES, the next member of an enum, or a number more."""
+    if key in VALUES:
+        return VALUES[key]
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    if enums := [kind for kind in kinds if issubclass(kind, Enum)]:
+        return next(member for member in enums[0] if member != value)
+    if isinstance(value, bool):
+        return not value
+    assert int in kinds or float in kinds, f"say in VALUES what else {key} may be"
+    return (value or 1) * 2 if int in kinds else (value or 0.4) / 2
+
+
+def changes(spec: RunSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, that section with another value) of every key that does something here."""
+    for section, model in SECTIONS.items():
+        values = getattr(spec, section).model_dump(mode="json")
+        for name, field in model.model_fields.items():
+            key = f"{section}.{name}"
+            if key in IDLE | {"data.source", "model.base_model"}:
+                continue
+            changed = {**values, name: other(key, field.annotation, values[name])}
+            if name in ("early_stopping_patience", "final_weights"):
+                changed["eval_steps"] = 5
+            yield key, changed
+
+
+@pytest.mark.fault("changed spec")
+def test_every_key_that_changes_the_weights_is_seen(
+    tmp_path: Path, home: Path, figure: Callable[[str], None]
+) -> None:
+    """By the identity of a checkpoint, and by the run's name before anything starts."""
+    spec, store = make_spec(tmp_path), Store(home)
+    was = stages.resolve(spec, store).need("train").inputs
+    run = RunDir.named(spec.name, home)
+    write_json(make_dir(run.root) / "spec.json", spec.model_dump(mode="json"))
+    refused = set()
+    for key, section in changes(spec):
+        values = {**spec.model_dump(mode="json"), key.partition(".")[0]: section}
+        changed = RunSpec.model_validate(values)
+        now = stages.resolve(changed, store).need("train").inputs
+        seen = now != was
+        assert seen == (key not in HARMLESS), f"{key}: the identity of a checkpoint"
+        if seen:
+            refused.add(key)
+            with pytest.raises(RunMismatch):
+                check_identity(now, was, "a checkpoint")
+            with pytest.raises(RunMismatch):
+                preflight.check_run(changed, store)
+    kept = len(HARMLESS)
+    figure(f"undetected 0 of {len(refused)} keys changed in turn; {kept} harmless ones pass")
