@@ -13,6 +13,7 @@
         ├── RunBusy          another process holds the run (retryable)
         ├── Preempted        it was asked to stop and saved (retryable)
         ├── Crashed          a process vanished without a word (retryable)
+        ├── GateFailed       the result is not what the spec requires of it
         └── OutOfMemory      it did not fit; an identical attempt would not either
 
 A user's mistake is one of these and is printed without a traceback. Anything else is our bug.
