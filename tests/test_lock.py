@@ -49,7 +49,8 @@ def pins(environment: Environment, build: str) -> dict[str, str]:
 def asked() -> list[Requirement]:
     project = PROJECT["project"]
     texts = [*project["dependencies"], *PROJECT["build-system"]["requires"]]
-    return [*map(Requirement, sum(project["optional-dependencies"].values(), texts))]
+    extras = project["optional-dependencies"]
+    return [*map(Requirement, [*texts, *extras["dedup"], *extras["test"]])]
 
 
 def applying(
