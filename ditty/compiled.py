@@ -95,13 +95,13 @@ class _Seam:
 
     def choose(self, within: Forward, around: Forward) -> Forward:
         """What runs the first as long as that goes, then the second."""
-        from torch._dynamo.exc import Unsupported
+        from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.within:
                 try:
                     return within(*args, **kwargs)
-                except Unsupported as error:  # nothing has run yet
+                except (Unsupported, FailOnRecompileLimitHit) as error:  # nothing has run yet
                     self.within = False
                     why = str(error).partition("\n")[0]
                     log.info("blocks are recomputed around what is compiled: %s", why)

@@ -42,7 +42,7 @@ def evaluates(
         module = load_trained(model_dir, trained, spec.model, spec.train, world.device)
         model = base_model(module)
         loss, tokens = held_out_loss(module, model, rows, precision, world)
-        found = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "rows": len(rows)}
+        found = {"loss": loss, "perplexity": _exp(loss), "tokens": tokens, "rows": len(rows)}
         write_json(out / "evaluation.json", found)
         log.info("held-out loss %.4f over %d tokens", loss, tokens)
         if count := spec.evaluate.num_samples:
@@ -52,6 +52,13 @@ def evaluates(
         return found
 
     return make
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def runs_tasks(model_dir: Path, trained: Path | None, spec: RunSpec, device: str) -> Make:

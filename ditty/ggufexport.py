@@ -127,7 +127,8 @@ def write_gguf(
     try:
         writer.add_name(name)
         _write_shape(writer, config)
-        writer.add_file_type(FILE_TYPES[max(t.source.dtype for t in tensors)])
+        matrices = [t.source for t in tensors if len(t.source.shape) > 1]
+        writer.add_file_type(FILE_TYPES[max(matrix.dtype for matrix in matrices)])
         facts = write_vocabulary(writer, folder, config.vocab_size, ends)
         _write_tensors(writer, tensors, factors, progress)
     finally:

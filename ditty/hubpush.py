@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 SCHEME = "hub:"
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.bin")
+WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.bin", "*.bin.index.json",
+    "adapter_config.json",  # transformers would look for the adapter, and not for the model
+)  # fmt: skip
 TOKEN = "set HF_TOKEN to one with write access, log in (hf auth login), or keep it in Prefect"  # noqa: S105
 
 

@@ -147,14 +147,17 @@ def take(remote: Remote, run_name: str, holder: str, directory: str) -> Lease:
     before, now = newest(remote, run_name), time.time()
     if before is not None and before.holder != holder and now < before.until:
         raise _busy(remote, run_name, before)
+    there = counting(remote, run_name, None)
+    # Those of the checkpoints too: the claims may have been removed by hand.
+    used = [before.epoch if before else 0, *map(epoch_of, there)]
     claim = Claim(
-        epoch=before.epoch + 1 if before else 1,
+        epoch=max(used) + 1,
         renewal=0,
         holder=holder,
         where=f"{socket.gethostname()} (process {os.getpid()}, {directory})",
         since=now,
         until=now + LEASE_SECONDS,
-        checkpoints=tuple(counting(remote, run_name, before)),
+        checkpoints=tuple(name for name in there if before is None or before.counts(name)),
     )
     key, data = _key(run_name, claim), _bytes(claim)
     # "There is one already" may be ours, after a lost reply: only reading it back tells.

@@ -145,7 +145,18 @@ class _WithOptimizer:
 
     def _make_optimizer(self, make: MakeOptimizer, train: TrainSpec) -> torch.optim.Optimizer:
         made = make(self.parameters, train)
-        return made if make is make_optimizer else refuse_hidden_state(made)
+        if make is make_optimizer:
+            return made
+        taken = [id(p) for group in made.param_groups for p in group["params"]]
+        if sorted(taken) != sorted(map(id, self.parameters.values())):
+            left = [name for name, p in self.parameters.items() if id(p) not in taken]
+            raise SpecError(
+                f"the optimizer {type(made).__name__} has {len(taken)} parameters, and "
+                f"{len(self.parameters)} are trained (left out: {', '.join(left[:3]) or 'none'}): "
+                "it must get all that it is given and no others. What is not to be trained: set "
+                "requires_grad to False before"
+            )
+        return refuse_hidden_state(made)
 
     def gradients(self) -> list[torch.Tensor]:
         for parameter in self.parameters.values():

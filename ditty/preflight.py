@@ -4,6 +4,8 @@ import importlib.util
 import uuid
 from collections.abc import Collection
 
+from pydantic import ValidationError
+
 from ditty import basemodel, evaltasks, share, stages
 from ditty.artifacts import Store
 from ditty.choices import Engine, Quantization, Tracker
@@ -132,12 +134,20 @@ def check_spec(spec: RunSpec, run: RunDir) -> None:
     """Raise RunMismatch if the spec in a run directory is another one."""
     saved = read_json(run.spec_file)
     if saved is not None:
-        differences = list(spec_differences(saved, spec.model_dump(mode="json")))
+        differences = list(spec_differences(_with_defaults(saved), spec.model_dump(mode="json")))
         if differences:
             raise RunMismatch(
                 f"run {spec.name} in {run.root} was started with another spec: "
                 f"{'; '.join(differences)}. Choose another name, or remove that directory"
             )
+
+
+def _with_defaults(saved: dict) -> dict:
+    """A saved spec with the keys that have come since; as it stands where it is no spec today."""
+    try:
+        return RunSpec.model_validate(saved).model_dump(mode="json")
+    except ValidationError:
+        return saved
 
 
 def spec_differences(saved: dict, now: dict) -> list[str]:

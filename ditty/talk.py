@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from ditty import basemodel, stages
 from ditty.artifacts import Store, read_manifest
-from ditty.choices import Adapter
+from ditty.choices import Adapter, Device
 from ditty.environment import resolve_device
 from ditty.errors import DittyError, RunError
 from ditty.evaluate import autocast, generate
@@ -40,12 +40,14 @@ class Speaker:
     Attributes:
         module: the model.
         aside: a context within which it is this speaker: the adapter off, for the base.
+        ends: tokens at which it ends an answer, beside those of the model and the tokenizer.
         history: messages so far.
     """
 
     name: str
     module: Any
     aside: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ends: tuple[int, ...] = ()
     history: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -74,17 +76,20 @@ def load(run: str, store: Store) -> tuple[list[Speaker], RunSpec, Path]:
             f"{spec.model.base_model} is not the model that run {run} was trained upon: its files "
             "have changed since. Put the earlier ones back, or run the spec with another name"
         )
-    device = resolve_device(spec.launch)
+    # It may have been trained on GPUs that are not here, in several processes.
+    alone = {"num_processes": 1, "num_machines": 1, "machine_rank": None, "device": Device.AUTO}
+    device = resolve_device(spec.launch.model_copy(update=alone))
     folder = base_folder(base, spec, store)
     if stages.prequantizes(spec):
         folder = quantized_folder(folder, spec, store, device)
     args = (spec.model, spec.train, single(device).device)
     module = load_trained(folder, trained, *args)
+    result = Speaker(run, module, ends=tuple(read_manifest(trained).facts.get("ends", [])))
     if spec.model.adapter is Adapter.NONE:
-        speakers = [Speaker("base", load_trained(folder, None, *args)), Speaker(run, module)]
+        base_speaker = Speaker("base", load_trained(folder, None, *args))
     else:
-        speakers = [Speaker("base", module, module.disable_adapter), Speaker(run, module)]
-    return speakers, spec, trained
+        base_speaker = Speaker("base", module, module.disable_adapter)
+    return [base_speaker, result], spec, trained
 
 
 def trained_on(trained: Path) -> str:
@@ -134,6 +139,7 @@ def answer(speaker: Speaker, manner: Manner, text: str) -> str:
         prompt = tokenizer("".join(turn["content"] for turn in speaker.history))
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    ends |= set(speaker.ends)
     options = {"max_new_tokens": manner.max_tokens, **sampling(manner.temperature)}
     ids = torch.tensor([list(prompt["input_ids"])], device=model.device)
     with speaker.aside(), autocast(model.device, manner.spec.train.precision):

@@ -125,12 +125,16 @@ def _results(facts: dict[str, Any]) -> dict[str, str]:
     return rows or {"not known": ""}
 
 
+# What an artifact calls those it was made from, where they are no longer here.
+GONE = ("data", "rows")
+
+
 def _data(node: Node) -> Iterator[str]:
     """A line for each data stage, sources first."""
     for parent in node.parents:
         yield from _data(parent)
-    if node.kind in DATA_STAGES:
-        source = escape(clean(_public(node.names["source"]), 200)) if node.names else ""
+    if node.kind in (*DATA_STAGES, *GONE):
+        source = escape(clean(_public(node.names.get("source", "")), 200))
         function = code(_public(node.names["function"])) if "function" in node.names else ""
         counts = ", ".join(f"{count:,} {name}" for name, count in node.counts.items())
         words = " ".join(word for word in (node.kind, source or function) if word)

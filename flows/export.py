@@ -6,7 +6,7 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, stages
+from ditty import basemodel, share, stages
 from ditty.artifacts import Store, read_manifest
 from ditty.choices import Adapter, Device, ExportTo, Precision
 from ditty.errors import RunError, SpecError
@@ -87,7 +87,8 @@ def export(
         )
 
     def body(call: Caller) -> dict[str, Any]:
-        if trained.failed_gates and leaves_this_machine(out):
+        shared = to is not ExportTo.ADAPTER and share.place() is not None
+        if trained.failed_gates and (shared or leaves_this_machine(out)):
             stays = store.path("train", trained.key)
             raise gate_error(run, list(trained.failed_gates), str(stays))
         url = checked_place(out)

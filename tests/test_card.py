@@ -39,7 +39,10 @@ def run(tmp_path: Path, home: Path) -> tuple[RunSpec, Store, str]:
     with store.commit("load", "a" * 64, source) as out:
         (out / "rows.arrow").write_bytes(b"rows")
     inputs = {"model": "m" * 64, "data": "c" * 64}
-    with store.commit("tokenize", "b" * 64, {"stage": "tokenize", "inputs": {"rows": "a" * 64}}):
+    kept = {"stage": "filter", "inputs": {"rows": "a" * 64}, "rows": 30, "function": "ops.py:keep"}
+    with store.commit("filter", "f" * 64, kept):
+        pass
+    with store.commit("tokenize", "b" * 64, {"stage": "tokenize", "inputs": {"rows": "f" * 64}}):
         pass
     with store.commit("pack", "c" * 64, {"stage": "pack", "inputs": {"tokens": "b" * 64}}):
         pass

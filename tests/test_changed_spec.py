@@ -29,7 +29,8 @@ HARMLESS = {
 }  # fmt: skip
 # Keys that do nothing, or may not be there, in a spec with one local source and one process.
 IDLE = {
-    "data.connection", "data.version", "data.engine_address", "data.seed", "data.stopping_strategy", "data.sources", "data.subset", "data.split",
+    "data.connection", "data.version", "data.engine_address", "data.seed",
+    "data.stopping_strategy", "data.sources", "data.subset", "data.split",
     "data.revision", "model.revision", "model.trust_remote_code", "train.shard_size",
     "train.cpu_offload", "train.offload_gpu_gb",
 }  # fmt: skip
@@ -104,3 +105,20 @@ def test_every_key_that_changes_the_weights_is_seen(
                 preflight.check_run(changed, store)
     kept = len(HARMLESS)
     figure(f"undetected 0 of {len(refused)} keys changed in turn; {kept} harmless ones pass")
+
+
+def test_keys_that_have_come_since_a_run_began_are_no_change(tmp_path: Path, home: Path) -> None:
+    source = {"source": str(tmp_path / "rows.jsonl"), "weight": 1.0}
+    values = make_spec(tmp_path).model_dump(mode="json")
+    values["data"] |= {"source": None, "sources": [source, source]}
+    spec = RunSpec.model_validate(values)
+    run = RunDir.named(spec.name, home)
+    was = spec.model_dump(mode="json")
+    for entry in was["data"]["sources"]:
+        del entry["connection"], entry["version"]
+    write_json(make_dir(run.root) / "spec.json", was)
+    preflight.check_spec(spec, run)
+    was["data"]["sources"][0]["weight"] = 2.0
+    write_json(run.spec_file, was)
+    with pytest.raises(RunMismatch, match="data.sources was"):
+        preflight.check_spec(spec, run)

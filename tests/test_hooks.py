@@ -231,6 +231,13 @@ def test_mistakes_in_hooks(folder, tmp_path):
     def hidden(parameters, train):
         return Hidden(parameters.values(), lr=1.0)
 
+    def choosy(parameters, train):
+        return torch.optim.SGD([*parameters.values()][1:], lr=1.0)
+
+    with pytest.raises(
+        SpecError, match=r"SGD has \d+ parameters, and \d+ are trained \(left out: "
+    ):
+        trainer_of(folder, tmp_path / "c", settings(), Hooks(optimizer=choosy))
     trainer = trainer_of(folder, tmp_path / "b", settings(), Hooks(optimizer=hidden))
     with pytest.raises(RunError, match=r"Hidden keeps param_groups\[0\]\['count'\]"):
         trainer.fit()

@@ -67,6 +67,7 @@ def test_a_push_that_was_cut_goes_on_where_it_was(hub: PushHub, home: Path) -> N
 def test_weights_of_an_earlier_push_go_in_the_same_commit(hub: PushHub, home: Path) -> None:
     push(folder(home), REPO, TOKEN)
     hub.repos[REPO]["files"]["notes.txt"] = b"by hand"
+    hub.repos[REPO]["files"]["adapter_config.json"] = b"{}"  # would send a reader to the base
     made = folder(home, "b", shards=2, seed=7)
     push(made, REPO, TOKEN)
     assert len(hub.repos[REPO]["commits"]) == 2

@@ -299,3 +299,14 @@ def test_what_was_copied_before_there_were_leases_counts_until_someone_else_copi
         assert remote_checkpoints(remote, "demo") == {1: old}
     (claim,) = (json.loads(p.read_bytes()) for p in (target / "demo/lease").iterdir())
     assert claim["checkpoints"] == [old]
+
+
+def test_claims_that_were_removed_by_hand_begin_no_epoch_again(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    remote, run = Remote(target.as_uri()), RunDir.named("demo", tmp_path / "home")
+    save(run, 1, "first")
+    remote.put(run.checkpoint(1), "demo/checkpoints/000007/step_000000001")
+    lease = taken(remote, "home")
+    assert lease.claim.epoch == 8
+    assert lease.claim.checkpoints == ("demo/checkpoints/000007/step_000000001",)
