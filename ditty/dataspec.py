@@ -255,7 +255,7 @@ class DataSpec(Section):
     when a worker is lost; does not change the result."""
     engine: Engine = Engine.THREADS
     """What makes the shards: `threads` or `processes` of this machine, or the workers of a cluster
-    (`dask`, `ray`: `pip install 'ditty[dask]'`), which must see DITTY_HOME and the base model."""
+    (`dask`, `ray`: extras of these names), which must see DITTY_HOME and the base model."""
     engine_address: str | None = None
     """Of the cluster's scheduler, tcp://host:8786 for example."""
 

@@ -3,6 +3,7 @@
     DittyError
     ├── SpecError            a key of the spec is wrong, or two keys do not go together
     ├── DataError            a source, column, row or template cannot be used
+    │   └── RowError         one row cannot be used; the others may
     ├── ModelError           a base model is unknown, unreadable or does not fit the spec
     ├── StoreError           DITTY_HOME cannot be written, or the disk is full
     │   └── ArtifactDamaged  a committed directory no longer matches its manifest

@@ -1,8 +1,11 @@
-"""deployments/README.md: the table is the plan's, commands and specs parse, no error is missing."""
+"""The guides (deployments/README.md): the table is the plan's, commands and specs parse, no error
+is missing. The README's map: each module, on the side where the import contract has it.
+"""
 
 import inspect
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ from ditty import errors, methods
 from ditty.specfile import load_spec, parse_spec
 from flows.cli import app
 
-HERE = Path(__file__).parent.parent / "deployments"
+ROOT = Path(__file__).parent.parent
+HERE = ROOT / "deployments"
 TEXT = (HERE / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 WITH_SPEC = ("run", "plan", "evaluate", "refresh", "preview")
 
 
@@ -65,9 +70,31 @@ def test_every_error_has_its_cause_and_cure():
     assert {name for name, *_ in rows} == names
     assert all(cause and cure for name, cause, cure in rows if name != "DittyError")
     tree = set(re.findall(r"\b(\w+Error|[A-Z]\w+[a-z])\b", errors.__doc__))
-    assert names <= tree | {"RowError"}
+    assert names <= tree
 
 
-def test_what_the_guides_link_to_exists():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
-        assert (HERE / target).exists(), target
+@pytest.mark.parametrize("file", [ROOT / "README.md", HERE / "README.md"], ids=["readme", "guides"])
+def test_what_is_linked_to_exists(file):
+    found = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", file.read_text())
+    assert len(found) >= 5
+    for target, place in found:
+        assert (file.parent / target).exists(), target
+        if place:
+            titles = re.findall(r"^#+ (.+)$", (file.parent / target).read_text(), re.MULTILINE)
+            assert place in [title.lower().replace(" ", "-") for title in titles]
+
+
+def test_the_map_has_each_module_once():
+    text = README.partition("## Where things are")[2].partition("**The rest:**")[0]
+    flows, torch_free, torch = (
+        re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", part)) for part in text.split("**`")[1:]
+    )
+    for package, named in (("flows", flows[:]), ("ditty", torch_free + torch)):
+        modules = [path.stem for path in (ROOT / package).glob("*.py") if path.stem != "__init__"]
+        assert sorted(n for n in named if n != "ditty") == sorted(modules)
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (sides,) = [c for c in contracts["contracts"] if "torch" in c["forbidden_modules"]]
+    assert set(torch_free) >= {m.removeprefix("ditty.") for m in sides["source_modules"]} - {
+        "flows"
+    }
+    assert set(torch) >= {m.removeprefix("ditty.") for m in sides["forbidden_modules"]} - {"torch"}

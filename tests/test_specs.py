@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ditty.artifacts import Store
 from ditty.dataspec import Operation
 from ditty.errors import SpecError
 from ditty.functions import resolve
+from ditty.plan import make_plan
+from ditty.preview import preview
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec, parse_spec
-from tests.tiny import make_model_folder
+from tests.tiny import make_model_folder, tiny_config
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = [*sorted((ROOT / "deployments/specs").glob("*.yaml")), ROOT / "ditty/demo.yaml"]
+SPECS = ROOT / "deployments/specs"
+SHIPPED = [*sorted(SPECS.glob("*.yaml")), ROOT / "ditty/demo.yaml"]
 
 MINIMAL = {"name": "x", "data": {"source": "rows.jsonl"}, "model": {"base_model": "org/name"}}
 
@@ -28,6 +32,24 @@ def test_shipped_specs_are_valid_and_name_functions_that_exist(path):
     for operation in spec.data.operations:
         assert callable(resolve(operation.function))
     assert RunSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+def test_the_shipped_rows_are_there_for_the_shipped_specs(tmp_path, home, monkeypatch):
+    """Planned and read as the guides say, in `deployments/`; the model alone is another."""
+    monkeypatch.chdir(ROOT / "deployments")
+    monkeypatch.setenv("DITTY_MACHINE_RANK", "0")
+    monkeypatch.setenv("DITTY_MAIN_HOST", "node0")
+    folder = make_model_folder(tmp_path / "model", tiny_config(max_position_embeddings=2048))
+    used = []
+    for path in sorted(Path("specs").glob("*.yaml")):
+        spec = load_spec(path, [f"model.base_model={folder}"])
+        if spec.data.source.startswith("/"):
+            used.append(Path(spec.data.source).name)
+            assert make_plan(spec, Store()).stages[0].title == f"load {used[-1]}"
+            rows = preview(spec, Store(), 100)
+            assert len(rows) == 20 and all(row.supervised and row.fate is None for row in rows)
+    assert sorted(used) == sorted(path.name for path in SPECS.glob("*.jsonl"))
+    assert len(used) == 2
 
 
 def write(tmp_path: Path, text: str) -> Path:
