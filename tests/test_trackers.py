@@ -103,6 +103,23 @@ def test_a_tracker_that_does_not_answer_is_named_and_stops_nothing(tmp_path, cap
     assert seen == [{"step": 1, "loss": 2.0}], "the callback of the user's is called all the same"
 
 
+def test_a_tracker_that_is_gone_is_told_nothing_after_its_third_failure_in_a_row(tmp_path, caplog):
+    class Gone(Away):
+        asked = []
+
+        def log(self, values, step=None):
+            self.asked.append(step)
+            if step != 3:
+                super().log(values, step)
+
+    reports = Reports([Gone()], RunDir(tmp_path))
+    with caplog.at_level(logging.WARNING, "ditty.trackers"):
+        for step in range(1, 10):
+            reports.tell("train", {"step": step, "loss": 2.0})
+    assert Gone.asked == [1, 2, 3, 4, 5, 6], "the answer to the third one counts"
+    assert caplog.text.count("3 times in a row: it is told nothing more") == 1
+
+
 def test_a_tracker_that_does_not_start_ends_the_run_before_its_first_step(tmp_path, monkeypatch):
     def start(self):
         raise PermissionError("no key")
