@@ -155,10 +155,16 @@ def test_a_missing_package_names_the_extra_and_wandb_asks_how_to_log_in(monkeypa
 
 
 def test_the_preflight_asks_for_what_the_training_will_have(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("WANDB_API_KEY", "not a key")  # but not named in launch.environment
     with pytest.raises(SpecError, match="launch.environment"):
         preflight.check(spec_of("wandb"), Store())
+    preflight.check_trackers([Tracker.MLFLOW], [])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(SpecError, match="would not get MLFLOW_TRACKING_URI, which is set here"):
+        preflight.check_trackers([Tracker.MLFLOW], ["MLFLOW_EXPERIMENT_NAME"])
+    preflight.check_trackers([Tracker.MLFLOW], ["MLFLOW_TRACKING_URI"])
 
 
 def test_every_tracker_has_an_extra():
