@@ -26,7 +26,7 @@ from ditty.choices import (
     Tracker,
 )
 from ditty.dataspec import DataSpec, Section
-from ditty.s3 import scrub
+from ditty.errors import scrub
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 

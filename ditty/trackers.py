@@ -20,7 +20,7 @@ from typing import Any
 from ditty.artifacts import Store
 from ditty.choices import Tracker
 from ditty.curves import CURVES, Curve, picture
-from ditty.errors import RunError
+from ditty.errors import RunError, scrub
 from ditty.files import canonical_json, make_dir, sha256_bytes
 from ditty.hooks import Hooks, Record
 from ditty.lineage import lineage
@@ -101,7 +101,7 @@ class Reports:
                     "the tracker %s: %s: %s%s",
                     tracker.name,
                     type(error).__name__,
-                    error,
+                    scrub(str(error)),
                     f" ({PATIENCE} times in a row: it is told nothing more)" if last else "",
                 )
 
@@ -121,7 +121,8 @@ def reporting(spec: RunSpec, place: Place) -> Iterator[Reports]:
                 reports.trackers.append(_start(kind, spec, place))
             except Exception as error:  # the trackers' own, of any kind
                 raise RunError(
-                    f"train.report_to: {kind} does not start: {type(error).__name__}: {error}. "
+                    f"train.report_to: {kind} does not start: {type(error).__name__}: "
+                    f"{scrub(str(error))}. "
                     "Correct its settings (launch.environment names the variables that it gets), "
                     "or remove it"
                 ) from error

@@ -91,7 +91,7 @@ class Away:
     name = "mlflow"
 
     def log(self, values, step=None):
-        raise ConnectionError("nobody there")
+        raise ConnectionError("nobody at http://me:hunter2@host")
 
 
 def test_a_tracker_that_does_not_answer_is_named_and_stops_nothing(tmp_path, caplog):
@@ -99,7 +99,7 @@ def test_a_tracker_that_does_not_answer_is_named_and_stops_nothing(tmp_path, cap
     hooks = Reports([Away()], RunDir(tmp_path)).hooks(Hooks(on_step=seen.append))
     with caplog.at_level(logging.WARNING, "ditty.trackers"):
         hooks.call("on_step", {"step": 1, "loss": 2.0})
-    assert "the tracker mlflow: ConnectionError: nobody there" in caplog.text
+    assert "the tracker mlflow: ConnectionError: nobody at http://***@host" in caplog.text
     assert seen == [{"step": 1, "loss": 2.0}], "the callback of the user's is called all the same"
 
 
@@ -122,10 +122,11 @@ def test_a_tracker_that_is_gone_is_told_nothing_after_its_third_failure_in_a_row
 
 def test_a_tracker_that_does_not_start_ends_the_run_before_its_first_step(tmp_path, monkeypatch):
     def start(self):
-        raise PermissionError("no key")
+        raise PermissionError("no key canary-of-wandb-0123 at http://me:hunter2@host")
 
+    monkeypatch.setenv("WANDB_API_KEY", "canary-of-wandb-0123")
     monkeypatch.setattr(TensorBoardTracker, "start", start)
-    message = "report_to: tensorboard does not start: PermissionError: no key"
+    message = r"tensorboard does not start: PermissionError: no key \*\*\* at http://\*\*\*@host"
     with (
         pytest.raises(RunError, match=message),
         reporting(spec_of("tensorboard"), Place(RunDir(tmp_path))),
