@@ -52,13 +52,18 @@ class RowError(DataError):
     """One row cannot be used; the others may.
 
     Attributes:
+        row: its number.
         reason: in words that many rows share.
         detail: what is particular to this row.
     """
 
     def __init__(self, row: int, reason: str, detail: str):
         super().__init__(f"row {row}: {reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        self.row, self.reason, self.detail = row, reason, detail
+
+    def __reduce__(self) -> tuple[type["RowError"], tuple[int, str, str]]:
+        """As it comes back from another process; by itself an exception gives its message only."""
+        return RowError, (self.row, self.reason, self.detail)
 
 
 class ModelError(DittyError):
