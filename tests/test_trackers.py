@@ -103,6 +103,16 @@ def test_a_tracker_that_does_not_answer_is_named_and_stops_nothing(tmp_path, cap
     assert seen == [{"step": 1, "loss": 2.0}], "the callback of the user's is called all the same"
 
 
+def test_what_a_callback_raises_is_told_once_beside_a_tracker(tmp_path):
+    def of_the_user(record):
+        raise KeyError("nothing there")
+
+    hooks = Reports([Away()], RunDir(tmp_path)).hooks(Hooks(on_step=of_the_user))
+    with pytest.raises(RunError, match=r"^the callback on_step \(.*of_the_user\) raised") as caught:
+        hooks.call("on_step", {"step": 1, "loss": 2.0})
+    assert str(caught.value).count("raised") == 1
+
+
 def test_a_tracker_that_is_gone_is_told_nothing_after_its_third_failure_in_a_row(tmp_path, caplog):
     class Gone(Away):
         asked = []
