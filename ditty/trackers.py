@@ -70,17 +70,18 @@ class Reports:
 
     def result(self, path: Path, store: Store) -> None:
         """What the committed result at `path` was made from, and the picture of its training."""
-        if not self.trackers:
-            return
-        made_from = json.dumps(lineage(str(path), store).to_json(), indent=2)
-        image = _picture(self.run)
 
-        def tell(tracker: Any) -> None:
-            _tell_text(tracker, "lineage", made_from)
+        def made_from(tracker: Any) -> None:
+            text = json.dumps(lineage(str(path), store).to_json(), indent=2)
+            _tell_text(tracker, "lineage", text)
+
+        def losses(tracker: Any) -> None:
+            image = _picture(self.run)
             if image is not None:
                 _tell_picture(tracker, "losses", image)
 
-        self._each(tell)
+        self._each(made_from)
+        self._each(losses)
 
     def finish(self) -> None:
         """Nothing more comes."""

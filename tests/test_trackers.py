@@ -113,6 +113,16 @@ def test_what_a_callback_raises_is_told_once_beside_a_tracker(tmp_path):
     assert str(caught.value).count("raised") == 1
 
 
+def test_a_lineage_or_a_picture_that_cannot_be_made_ends_no_training(tmp_path, caplog):
+    run = RunDir(tmp_path / "run")
+    run.metrics_file.parent.mkdir()
+    run.metrics_file.write_text('{"kind": "train"}\n')  # which step?
+    with caplog.at_level(logging.WARNING, "ditty.trackers"):
+        Reports([Away()], run).result(tmp_path / "nothing", Store(tmp_path))
+    assert caplog.text.count("the tracker mlflow") == 2
+    assert "KeyError: 'step'" in caplog.text and f"{tmp_path}/nothing" in caplog.text
+
+
 def test_a_tracker_that_is_gone_is_told_nothing_after_its_third_failure_in_a_row(tmp_path, caplog):
     class Gone(Away):
         asked = []
