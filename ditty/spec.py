@@ -299,6 +299,8 @@ class EvaluateSpec(Section):
 
     @model_validator(mode="after")
     def _has_tasks(self) -> "EvaluateSpec":
+        if self.tasks_limit is not None and not self.tasks:
+            raise ValueError("tasks_limit goes with tasks, and there are none: remove it")
         for measure in self.require:
             of_task = "/" in measure and bool(self.tasks)
             if measure not in gates.HELD_OUT and not of_task:

@@ -207,3 +207,5 @@ def test_what_no_task_measures_is_refused_in_the_spec() -> None:
         spec_with([], **{"quiz/acc": "> 0"})
     with pytest.raises(ValueError, match="require names 'acc'.* eval_loss, eval_perplexity, or"):
         spec_with(["quiz"], acc="> 0")
+    with pytest.raises(ValueError, match="tasks_limit goes with tasks, and there are none"):
+        EvaluateSpec(tasks_limit=5)
