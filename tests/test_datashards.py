@@ -28,7 +28,7 @@ from ditty import datashards, preflight, stages
 from ditty.artifacts import Manifest, Store, read_manifest
 from ditty.dataspec import DataSpec
 from ditty.errors import DataError, RowError, SpecError
-from ditty.files import write_json
+from ditty.files import locked, write_json
 from ditty.plan import make_plan
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -321,6 +321,29 @@ def test_what_was_made_before_a_kill_is_found(place: Path, home: Path, whole: An
     bad.write_bytes(bad.read_bytes()[:-1])
     assert contents(made(spec, store, counts)) == contents(whole[None][1])
     assert made_now.count(True) == 3, "the first, the last, and the damaged one"
+
+
+def test_shards_that_nobody_went_on_with_are_removed(place: Path, home: Path) -> None:
+    store = Store(home)
+
+    def killed(refs: Any, work: datashards.ShardWork) -> None:
+        datashards.in_turn(refs, work)
+        raise KeyboardInterrupt
+
+    def left(**data: Any) -> set[Path]:
+        before = set((home / "store" / "shard").glob("*"))
+        with pytest.raises(KeyboardInterrupt):
+            made(spec_of(place, **{"shards": 2} | data), store, killed)
+        return set((home / "store" / "shard").glob("*")) - before
+
+    old, running, new = left(seq_len=32), left(seq_len=40), left(seq_len=48)
+    left(shards=3)  # of the stage that is made below with two
+    for shard in old | running:
+        os.utime(shard / "manifest.json", (time.time() - 90_000,) * 2)
+    key = stages.resolve(spec_of(place, seq_len=40), store).need("tokenize").key
+    with locked(store.lock("tokenize", key).path):
+        made(spec_of(place, shards=2), store)
+    assert len(old) == 2 and set((home / "store" / "shard").iterdir()) == running | new
 
 
 @pytest.mark.parametrize("shards", [1, 3])
