@@ -5,17 +5,20 @@ shards, whatever their number. A shard is an artifact of its own (`store/shard/<
 stage's is there: whoever was killed, finds those that were made.
 """
 
+import json
 import logging
 import math
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty import stages, tables, tokenization
-from ditty.artifacts import Manifest, Store, read_manifest
+from ditty.artifacts import MANIFEST, Manifest, Store, read_manifest
 from ditty.dataspec import DataSpec
 from ditty.encoding import IGNORED
 from ditty.errors import StoreError
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 log = logging.getLogger(__name__)
+
+LEFT_SECONDS = 86_400.0  # after which nobody is expected to go on with a shard
 
 SUMS = ("rows", "train_rows", "truncated", "tokens", "supervised_tokens")
 COUNTERS = ("dropped", "lengths", "quarantined")
@@ -84,8 +89,7 @@ def build_data(
         return merge(spec.data, [store.path(shard.stage, shard.key) for shard in shards], out)
 
     manifest = store.build(ref.stage, ref.key, {"stage": ref.stage, "inputs": ref.inputs}, make)
-    for shard in shards:
-        _remove(store.path(shard.stage, shard.key))
+    _clear(ref, store)
     return manifest
 
 
@@ -182,6 +186,24 @@ def _count(path: Path) -> dict[str, int]:
         known = values != IGNORED
         supervised += int(known.sum()) - int(known[starts[:-1] - starts[0]].sum())
     return {"eval_tokens": tokens, "eval_supervised_tokens": supervised}
+
+
+def _clear(made: StageRef, store: Store) -> None:
+    """Remove the shards of a stage that is there, and those that were left for too long.
+
+    Whoever was killed left shards, and may have come back with another spec, or never.
+    """
+    for shard in store.path("shard", "").glob("[!.]*"):
+        with suppress(FileNotFoundError):  # another one removes it
+            facts = json.loads((shard / MANIFEST).read_bytes())["facts"]
+            age = time.time() - (shard / MANIFEST).stat().st_mtime
+            key = facts["inputs"][made.stage]
+            lock = store.lock(made.stage, key)
+            if key == made.key:  # whose lock the caller holds
+                _remove(shard)
+            elif age > LEFT_SECONDS and lock.acquire(timeout=0):  # else somebody goes on with it
+                _remove(shard)
+                lock.release()
 
 
 def _remove(shard: Path) -> None:

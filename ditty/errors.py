@@ -20,10 +20,19 @@
 A user's mistake is one of these and is printed without a traceback. Anything else is our bug.
 """
 
+import os
+import re
+
 LESS_MEMORY = (
     "lower train.micro_batch_size or data.seq_len, or set train.activation_checkpointing: all"
 )
 """What to do when a GPU's memory is not enough."""
+
+# Variables whose values are not to be told.
+CREDENTIALS = (
+    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN"),
+    *("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+)
 
 
 class DittyError(Exception):
@@ -44,13 +53,18 @@ class RowError(DataError):
     """One row cannot be used; the others may.
 
     Attributes:
+        row: its number.
         reason: in words that many rows share.
         detail: what is particular to this row.
     """
 
     def __init__(self, row: int, reason: str, detail: str):
         super().__init__(f"row {row}: {reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        self.row, self.reason, self.detail = row, reason, detail
+
+    def __reduce__(self) -> tuple[type["RowError"], tuple[int, str, str]]:
+        """As it comes back from another process; by itself an exception gives its message only."""
+        return RowError, (self.row, self.reason, self.detail)
 
 
 class ModelError(DittyError):
@@ -119,3 +133,13 @@ def shown(value: object) -> str:
 def cut(text: str, longest: int) -> str:
     """At most so many characters; where some are left out it ends in three dots."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def scrub(text: str) -> str:
+    """`text` without URL passwords and without the values of credential variables."""
+    text = re.sub(r"//[^/\s@]+@", "//***@", text)
+    for name in CREDENTIALS:
+        value = os.environ.get(name, "")
+        if len(value) >= 16:  # shorter ones are a test's, and may be part of any word
+            text = text.replace(value, "***")
+    return text

@@ -1,20 +1,24 @@
 """Tasks of lm-evaluation-harness that a spec names: which they are, before one is run.
 
 A task is a name that the harness knows, or a YAML file of its format; such a file may name data
-files, which are looked for beside it, and functions in Python files beside it.
+files, which are looked for beside it, functions in Python files beside it, and other such files.
 """
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import yaml
 
 from ditty.errors import SpecError
 from ditty.files import sha256_file
 
 PACKAGE = "lm_eval"
+FUNCTION = "!function "
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,29 +51,119 @@ def version() -> str:
 def identify(task: str) -> dict[str, Any]:
     """What decides the questions of a task: its name, or its files' content.
 
+    Of a data set of the hub, and of data at a URL, only the name is known.
+
     Raises:
-        SpecError: there is no such file, or it is no task of the harness' format.
+        SpecError: there is no such file, it is no task of the harness' format, or something that
+            it names is not there.
     """
     if not is_file(task):
         return {"name": task}
-    path = Path(task)
-    try:
-        content = yaml.load(path.read_bytes(), _Loader)  # noqa: S506  # a SafeLoader
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SpecError(f"evaluate.tasks: cannot read {path}: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+    path = Path(os.path.normpath(task))
+    files = {path}
+    content = _read(path, files)
+    if not isinstance(content.get("task"), str):
         raise SpecError(
             f"evaluate.tasks: {path} has no key `task`, which names it; expected a task file of "
             "lm-evaluation-harness"
         )
-    files = [path, *sorted(path.parent.glob("*.py")), *_named(content, path.parent)]
-    return {"name": content["task"], "files": {file.name: sha256_file(file) for file in files}}
+    files |= set(_data(content, path))
+    named = {os.path.relpath(file, path.parent): file for file in files}
+    return {"name": content["task"], "files": {n: sha256_file(named[n]) for n in sorted(named)}}
 
 
-def _named(content: dict[str, Any], folder: Path) -> Iterator[Path]:
-    """The files beside it that a task names."""
-    data = (content.get("dataset_kwargs") or {}).get("data_files") or {}
-    for value in [content.get("include"), *(data.values() if isinstance(data, dict) else [data])]:
-        for name in value if isinstance(value, list) else [value]:
-            if isinstance(name, str) and (folder / name).is_file():
-                yield folder / name
+def _read(path: Path, files: set[Path]) -> dict[str, Any]:
+    """A task's file with those that it includes, which it overrides.
+
+    Args:
+        files: those that were read so far; files that are found here are added.
+    """
+    try:
+        content = yaml.load(path.read_bytes(), _Loader)  # noqa: S506  # a SafeLoader
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SpecError(f"evaluate.tasks: cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"evaluate.tasks: {path} is no mapping; expected keys, `task` for example")
+    files |= {_module(name, path) for name in _functions(content)}
+    included: dict[str, Any] = {}
+    for name in _listed(content.pop("include", [])):
+        other = Path(os.path.normpath(path.parent / name))
+        if other in files:
+            raise SpecError(f"evaluate.tasks: {path} includes {other}, which was read before it")
+        files.add(other)
+        included |= _read(other, files)
+    return included | content
+
+
+def _functions(value: Any) -> Iterator[str]:
+    """Each `module.function` that a part of a task's file names."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _functions(part)
+    elif isinstance(value, str) and value.startswith(FUNCTION):
+        yield value.removeprefix(FUNCTION)
+
+
+def _module(function: str, path: Path) -> Path:
+    """The file of a function that the task's file at `path` names: beside it, or installed."""
+    module = function.rpartition(".")[0]
+    beside = path.parent / f"{module.replace('.', '/')}.py"
+    if beside.is_file():
+        return beside
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a part of it is not there, or it is no module's name
+        found = None
+    if found is None or found.origin is None:
+        raise SpecError(
+            f"evaluate.tasks: {path} names the function {function}, and there is neither {beside} "
+            f"nor an installed module {module!r}"
+        )
+    return Path(found.origin)
+
+
+def _data(content: dict[str, Any], path: Path) -> Iterator[Path]:
+    """The files here that a task's rows come from, where `datasets` would find them."""
+    options = content.get("dataset_kwargs") or {}
+    source = str(content.get("dataset_path") or "")
+    place = path.parent / source
+    if source and place.exists():
+        yield from _files(place)
+    elif not _is_format(source):
+        return  # the hub's, and so are its data_files
+    else:
+        place = path.parent
+    place /= options.get("data_dir") or ""
+    patterns = options.get("data_files") or []
+    if not patterns and options.get("data_dir"):
+        patterns = ["**"]
+    values = patterns.values() if isinstance(patterns, dict) else [patterns]
+    for pattern in (p for value in values for p in _listed(value) if "://" not in p):
+        found = _matches(place, pattern)
+        if not found:
+            raise SpecError(f"evaluate.tasks: {path} names data files {pattern}: none in {place}")
+        yield from found
+
+
+def _is_format(source: str) -> bool:
+    """Whether `datasets` has a reader of that name: json, csv, parquet, ..."""
+    datasets = importlib.util.find_spec("datasets")
+    assert datasets is not None and datasets.origin is not None, "ditty needs it"
+    return bool(source) and (Path(datasets.origin).parent / "packaged_modules" / source).is_dir()
+
+
+def _matches(place: Path, pattern: str) -> list[Path]:
+    """The files of a name or pattern; fsspec's patterns, which are those of `datasets`."""
+    if (place / pattern).is_file():
+        return [place / pattern]
+    found = fsspec.filesystem("file").glob(f"{place.absolute()}/{pattern}")
+    return [Path(name) for name in found if Path(name).is_file()]
+
+
+def _files(place: Path) -> list[Path]:
+    """A file, or all within a folder."""
+    return [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(one) for one in (value if isinstance(value, list) else [value])]

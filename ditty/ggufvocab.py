@@ -5,6 +5,7 @@ be written. Source: the GGUF specification (tokenizer.ggml.*), and the package g
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from ditty.package import generation_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
 
 BYTES = "ByteLevel"
 _WORDS = (
@@ -128,6 +131,13 @@ def _added_around(tokenizer: "PreTrainedTokenizerFast") -> dict[str, bool]:
 
 def _write_stop(writer: GGUFWriter, tokenizer: "PreTrainedTokenizerFast", ends: list[int]) -> None:
     """A second token at which generation ends (eot); the first is the tokenizer's own (eos)."""
-    others = [end for end in ends if end != tokenizer.eos_token_id]
+    others = list(dict.fromkeys(end for end in ends if end != tokenizer.eos_token_id))
     if others:
         writer.add_eot_token_id(others[0])
+    if others[1:]:
+        log.warning(
+            "a .gguf file holds two tokens that end a generation: %s and %s; the model also ends "
+            "at %s, and llama.cpp is not told",
+            *(tokenizer.eos_token, tokenizer.convert_ids_to_tokens(others[0])),
+            ", ".join(tokenizer.convert_ids_to_tokens(others[1:])),
+        )

@@ -95,6 +95,8 @@ class Hooks:
         generators = rng_state()
         try:
             callback(*arguments)
+        except RunError:  # a callback that calls another (`Reports.hooks`): said already
+            raise
         except Exception as error:  # the user's code ran: anything can come out of it
             raise RunError(
                 f"the callback {name} ({_named(callback)}) raised {type(error).__name__}: {error}. "

@@ -1,6 +1,7 @@
 """What can be known to fail before anything is started is said here, by name."""
 
 import importlib.util
+import os
 import uuid
 from collections.abc import Collection
 
@@ -94,7 +95,8 @@ def check_store(store: Store) -> None:
 
 
 def check_trackers(trackers: Collection[Tracker], variables: Collection[str]) -> None:
-    """Raise SpecError unless each tracker is installed, and W&B knows whether to log in.
+    """Raise SpecError unless each tracker is installed, W&B knows whether to log in, and MLflow
+    which server.
 
     Args:
         variables: names of those that the training will have.
@@ -109,6 +111,12 @@ def check_trackers(trackers: Collection[Tracker], variables: Collection[str]) ->
         raise SpecError(
             "train.report_to: wandb needs WANDB_API_KEY to log in, or WANDB_MODE=offline: export "
             "one of them, and name it in launch.environment"
+        )
+    server = "MLFLOW_TRACKING_URI"
+    if Tracker.MLFLOW in trackers and server in os.environ and server not in variables:
+        raise SpecError(
+            f"train.report_to: mlflow would not get {server}, which is set here: name it in "
+            "launch.environment, or unset it to write into the run directory"
         )
 
 

@@ -32,10 +32,10 @@ from ditty.artifacts import (
     staging_dir,
     verify,
 )
-from ditty.errors import ArtifactDamaged, RemoteError, SpecError, StoreError
+from ditty.errors import ArtifactDamaged, RemoteError, SpecError, StoreError, scrub
 from ditty.files import remove_tree
 from ditty.objects import STALE_S, Folder, Objects, permanent
-from ditty.s3 import Bucket, Patience, scrub
+from ditty.s3 import Bucket, Patience
 
 log = logging.getLogger(__name__)
 

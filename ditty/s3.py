@@ -11,7 +11,6 @@ import base64
 import logging
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ditty.errors import DittyError, RemoteDenied, RemoteError, SpecError, StoreError
+from ditty.errors import DittyError, RemoteDenied, RemoteError, SpecError, StoreError, scrub
 from ditty.failpoints import fail_point
 from ditty.files import sha256_bytes
 from ditty.objects import permanent
@@ -334,16 +333,6 @@ class Bucket:
             return permanent(RemoteError(f"cannot {doing}, {where}: {said}. {hint}"))
         hint = "Is the server up, and is AWS_ENDPOINT_URL_S3 right?"
         return RemoteError(f"cannot {doing}, {where}, after several tries: {said}. {hint}")
-
-
-def scrub(text: str) -> str:
-    """`text` without URL passwords and without the values of credential variables."""
-    text = re.sub(r"//[^/\s@]+@", "//***@", text)
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
-        value = os.environ.get(name, "")
-        if len(value) >= 16:  # shorter ones are a test's, and may be part of any word
-            text = text.replace(value, "***")
-    return text
 
 
 def _file_system(request_s: float) -> Any:

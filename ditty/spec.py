@@ -26,7 +26,7 @@ from ditty.choices import (
     Tracker,
 )
 from ditty.dataspec import DataSpec, Section
-from ditty.s3 import scrub
+from ditty.errors import scrub
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -299,6 +299,8 @@ class EvaluateSpec(Section):
 
     @model_validator(mode="after")
     def _has_tasks(self) -> "EvaluateSpec":
+        if self.tasks_limit is not None and not self.tasks:
+            raise ValueError("tasks_limit goes with tasks, and there are none: remove it")
         for measure in self.require:
             of_task = "/" in measure and bool(self.tasks)
             if measure not in gates.HELD_OUT and not of_task:

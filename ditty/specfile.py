@@ -13,8 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from ditty import datafiles
 from ditty.dataspec import SQL
-from ditty.errors import SpecError
-from ditty.s3 import scrub
+from ditty.errors import SpecError, scrub
 from ditty.spec import RunSpec
 
 # PyYAML lets through what it meets on its way: bytes that are no text, 2026-13-45, a thousand "[".

@@ -1,10 +1,11 @@
 """Rows of a SQL query, through `datasets`; the database's URL is in an environment variable."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus
 
 from ditty import columnar, tables
 from ditty.dataspec import SQL, SourceSpec
@@ -66,6 +67,7 @@ def _fetch(part: SourceSpec, scratch: Path) -> Path:
         )
     import datasets
 
+    secrets = _secrets(url)
     query = part.source.removeprefix(SQL)
     try:
         found = datasets.Dataset.from_sql(query, url, cache_dir=str(scratch / "datasets"))
@@ -73,11 +75,35 @@ def _fetch(part: SourceSpec, scratch: Path) -> Path:
         if "corresponds to no data" in str(error):
             raise DataError(f"{part.source} has no rows") from error
         told = error.__cause__ or error  # datasets says no more than that something failed
-        reason = cut(f"{type(told).__name__}: {told}", LONGEST_REASON)
-        for secret in (url, urlsplit(url).password):
-            reason = reason.replace(secret or url, "...")
+        reason = f"{type(told).__name__}: {told}"
+        for secret in secrets:
+            reason = reason.replace(secret, "...")
         # Not `from error`: it may hold the password.
-        raise DataError(f"{part.source} at ${part.connection} failed: {reason}") from None
+        raise DataError(
+            f"{part.source} at ${part.connection} failed: {cut(reason, LONGEST_REASON)}"
+        ) from None
     batches = found.with_format("arrow").iter(batch_size=tables.BATCH_ROWS)
     tables.write(scratch / FETCHED, batches, found.features.arrow_schema)
     return scratch / FETCHED
+
+
+def _secrets(url: str) -> list[str]:
+    """What is not to be told of a database's URL, as it may stand in a message; longest first.
+
+    The password, the values of its query (`?password=...`, `?odbc_connect=...;PWD=...`), and both
+    as they are quoted in a URL.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    found = {url, *re.findall("://[^:/@]*:([^@]*)@", url)}
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # the query fails of it
+        return sorted(found - {""}, key=len, reverse=True)
+    values = [str(parsed.password or "")]
+    for value in (one for several in parsed.normalized_query.values() for one in several):
+        values += [value, *re.findall(r"(?i)\b(?:pwd|password)=([^;]+)", value)]
+    for value in values:
+        found |= {value, quote(value), quote(value, safe=""), quote_plus(value)}
+    return sorted(found - {""}, key=len, reverse=True)

@@ -1,14 +1,16 @@
 """A training's numbers, spec, lineage and picture for the trackers of `train.report_to`.
 
 The trackers are accelerate's. What they are told stands in the run directory anyway, so one that
-does not answer is named in the log, and the training goes on. A resume goes on with the same run
-of the tracker: it is known by the hash of the training's identity.
+does not answer is named in the log, and the training goes on: it waits some seconds for the answer,
+and after three failures in a row that tracker is told nothing more. A resume goes on with the same
+run of the tracker: it is known by the hash of the training's identity.
 """
 
 import io
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +20,7 @@ from typing import Any
 from ditty.artifacts import Store
 from ditty.choices import Tracker
 from ditty.curves import CURVES, Curve, picture
-from ditty.errors import RunError
+from ditty.errors import RunError, scrub
 from ditty.files import canonical_json, make_dir, sha256_bytes
 from ditty.hooks import Hooks, Record
 from ditty.lineage import lineage
@@ -31,6 +33,9 @@ log = logging.getLogger(__name__)
 
 PROJECT = "ditty"
 UNTOLD = ("kind", "step", "time", "total_steps")  # of a record: not numbers of their own
+PATIENCE = 3  # failures in a row, after which a tracker is told nothing more
+# By itself MLflow waits for minutes, within a step, and a step that long counts as hung. Seconds.
+MLFLOW_WAITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
 
 class Reports:
@@ -38,6 +43,7 @@ class Reports:
 
     def __init__(self, trackers: list[Any], run: RunDir):
         self.trackers, self.run = trackers, run
+        self._failures: Counter[str] = Counter()  # in a row, by the tracker's name
 
     def hooks(self, hooks: Hooks) -> Hooks:
         """`hooks`, which tell the trackers of each step and evaluation too."""
@@ -60,27 +66,45 @@ class Reports:
     def tell(self, group: str, record: Record) -> None:
         """The numbers of a record of metrics.jsonl, each as `group/name`."""
         values = {f"{group}/{k}": v for k, v in record.items() if k not in UNTOLD}
-        for tracker in self.trackers:
-            with _excused(tracker):
-                tracker.log(values, step=record["step"])
+        self._each(lambda tracker: tracker.log(values, step=record["step"]))
 
     def result(self, path: Path, store: Store) -> None:
         """What the committed result at `path` was made from, and the picture of its training."""
-        if not self.trackers:
-            return
-        made_from = json.dumps(lineage(str(path), store).to_json(), indent=2)
-        image = _picture(self.run)
-        for tracker in self.trackers:
-            with _excused(tracker):
-                _tell_text(tracker, "lineage", made_from)
-                if image is not None:
-                    _tell_picture(tracker, "losses", image)
+
+        def made_from(tracker: Any) -> None:
+            text = json.dumps(lineage(str(path), store).to_json(), indent=2)
+            _tell_text(tracker, "lineage", text)
+
+        def losses(tracker: Any) -> None:
+            image = _picture(self.run)
+            if image is not None:
+                _tell_picture(tracker, "losses", image)
+
+        self._each(made_from)
+        self._each(losses)
 
     def finish(self) -> None:
         """Nothing more comes."""
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, tell: Callable[[Any], object]) -> None:
+        """`tell` each tracker that answers something."""
         for tracker in self.trackers:
-            with _excused(tracker):
-                tracker.finish()
+            if self._failures[tracker.name] >= PATIENCE:
+                continue
+            try:
+                tell(tracker)
+                self._failures[tracker.name] = 0
+            except Exception as error:  # the tracker's own, of any kind; metrics.jsonl has it all
+                self._failures[tracker.name] += 1
+                last = self._failures[tracker.name] == PATIENCE
+                log.warning(
+                    "the tracker %s: %s: %s%s",
+                    tracker.name,
+                    type(error).__name__,
+                    scrub(str(error)),
+                    f" ({PATIENCE} times in a row: it is told nothing more)" if last else "",
+                )
 
 
 @contextmanager
@@ -98,7 +122,8 @@ def reporting(spec: RunSpec, place: Place) -> Iterator[Reports]:
                 reports.trackers.append(_start(kind, spec, place))
             except Exception as error:  # the trackers' own, of any kind
                 raise RunError(
-                    f"train.report_to: {kind} does not start: {type(error).__name__}: {error}. "
+                    f"train.report_to: {kind} does not start: {type(error).__name__}: "
+                    f"{scrub(str(error))}. "
                     "Correct its settings (launch.environment names the variables that it gets), "
                     "or remove it"
                 ) from error
@@ -131,6 +156,8 @@ def _options(
         return [os.environ.get("WANDB_PROJECT", PROJECT)], options
     if kind is Tracker.TRACKIO:
         return [PROJECT], {"name": name, "resume": "allow", "embed": False, "auto_log_cpu": False}
+    for variable, value in MLFLOW_WAITS.items():
+        os.environ.setdefault(variable, value)
     run_id = _mlflow_run(name, folder)
     return [PROJECT], {"run_name": name, "run_id": run_id, "logging_dir": folder.as_uri()}
 
@@ -209,11 +236,3 @@ def _tell_picture(tracker: Any, name: str, image: Any) -> None:
         import mlflow
 
         mlflow.log_image(image, f"{name}.png")
-
-
-@contextmanager
-def _excused(tracker: Any) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the tracker's own, of any kind; metrics.jsonl has it all
-        log.warning("the tracker %s: %s: %s", tracker.name, type(error).__name__, error)

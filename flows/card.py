@@ -13,9 +13,9 @@ import yaml
 from ditty.artifacts import Store, read_manifest
 from ditty.choices import Adapter, ExportTo
 from ditty.demo import use_gguf, use_it, use_model
+from ditty.errors import scrub
 from ditty.lineage import Node, lineage
 from ditty.rundir import RunDir
-from ditty.s3 import scrub
 from ditty.spec import RunSpec
 from ditty.stages import DATA_STAGES
 from ditty.version import __version__

@@ -21,7 +21,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from ditty import datashards
+from ditty import datashards, preflight
 from ditty.artifacts import Manifest
 from ditty.choices import Engine
 from ditty.datashards import ShardWork
@@ -57,6 +57,7 @@ def run_shards(shards: Sequence[StageRef], work: ShardWork) -> None:
     Raises:
         DittyError: that of the first shard that failed.
         Crashed: workers, or the way to the cluster, were lost; the shards that were made stay.
+        Exception: threads or processes of this machine raised it, of any kind: a bug.
     """
     build: Build = datashards.build
     try:
@@ -70,7 +71,9 @@ def run_shards(shards: Sequence[StageRef], work: ShardWork) -> None:
                 future.result()
     except DittyError:
         raise
-    except Exception as error:  # each engine has its own for workers that are gone
+    except Exception as error:  # each cluster has its own for workers that are gone
+        if work.data.engine not in preflight.CLUSTERS:
+            raise
         raise Crashed(
             f"data.engine: {work.data.engine} at {work.data.engine_address} did not make all "
             f"{len(shards)} shards: {type(error).__name__}: {error}. Those that were made are "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -25,8 +27,8 @@ from prefect.client.schemas.objects import TaskRun
 from ditty import datashards, preflight, stages
 from ditty.artifacts import Manifest, Store, read_manifest
 from ditty.dataspec import DataSpec
-from ditty.errors import DataError, SpecError
-from ditty.files import write_json
+from ditty.errors import DataError, RowError, SpecError
+from ditty.files import locked, write_json
 from ditty.plan import make_plan
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -100,7 +102,7 @@ def data_flow(spec: RunSpec, store: Store) -> list[str]:
 
 
 def test_the_flow_makes_each_shard_in_a_task_of_its_own(
-    place: Path, home: Path, whole: Any, prefect_api: str
+    place: Path, home: Path, whole: Any, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, store = spec_of(place, shards=5, num_proc=2), Store(home)
     assert data_flow(spec, store)[-1] is EventState.DONE
@@ -112,6 +114,16 @@ def test_the_flow_makes_each_shard_in_a_task_of_its_own(
     assert data_flow(spec_of(place, shards=3), store)[-1] is EventState.CACHED
     with pytest.raises(DataError, match="45 of 4,300 rows"):
         data_flow(spec_of(place, shards=5, max_bad_fraction=0.0), Store(home / "other"))
+    monkeypatch.setattr(datashards, "build", Mock(side_effect=ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError, match="^a bug$"):
+        data_flow(spec_of(place, shards=5), Store(home / "another"))
+
+
+def test_the_error_of_a_row_comes_back_from_another_process() -> None:
+    there = RowError(7, "it has no text", "at 3")
+    back = pickle.loads(pickle.dumps(there))
+    assert str(back) == str(there) == "row 7: it has no text: at 3"
+    assert (back.reason, back.detail) == ("it has no text", "at 3")
 
 
 @pytest.mark.parametrize(
@@ -309,6 +321,29 @@ def test_what_was_made_before_a_kill_is_found(place: Path, home: Path, whole: An
     bad.write_bytes(bad.read_bytes()[:-1])
     assert contents(made(spec, store, counts)) == contents(whole[None][1])
     assert made_now.count(True) == 3, "the first, the last, and the damaged one"
+
+
+def test_shards_that_nobody_went_on_with_are_removed(place: Path, home: Path) -> None:
+    store = Store(home)
+
+    def killed(refs: Any, work: datashards.ShardWork) -> None:
+        datashards.in_turn(refs, work)
+        raise KeyboardInterrupt
+
+    def left(**data: Any) -> set[Path]:
+        before = set((home / "store" / "shard").glob("*"))
+        with pytest.raises(KeyboardInterrupt):
+            made(spec_of(place, **{"shards": 2} | data), store, killed)
+        return set((home / "store" / "shard").glob("*")) - before
+
+    old, running, new = left(seq_len=32), left(seq_len=40), left(seq_len=48)
+    left(shards=3)  # of the stage that is made below with two
+    for shard in old | running:
+        os.utime(shard / "manifest.json", (time.time() - 90_000,) * 2)
+    key = stages.resolve(spec_of(place, seq_len=40), store).need("tokenize").key
+    with locked(store.lock("tokenize", key).path):
+        made(spec_of(place, shards=2), store)
+    assert len(old) == 2 and set((home / "store" / "shard").iterdir()) == running | new
 
 
 @pytest.mark.parametrize("shards", [1, 3])

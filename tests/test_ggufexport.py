@@ -99,16 +99,19 @@ def fields(folder: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
-def test_what_only_llama_cpp_reads(tmp_path: Path) -> None:
+def test_what_only_llama_cpp_reads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Frequencies of Llama 3's rotary embedding, types of tokens, tokens that end a generation."""
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 64}
     config = tiny_config(**SIZE, rope_parameters=rope)
     base = folder_of(tmp_path / "base", config)
-    GenerationConfig(eos_token_id=[2, 0]).save_pretrained(base)
+    GenerationConfig(eos_token_id=[2, 0, 1, 0]).save_pretrained(base)
     (tmp_path / "out").mkdir()
-    write_gguf(base, tmp_path / "out", "Tiny")
+    with caplog.at_level("WARNING", "ditty.ggufvocab"):
+        write_gguf(base, tmp_path / "out", "Tiny")
+    ends = AutoTokenizer.from_pretrained(base).convert_ids_to_tokens([2, 0, 1])
+    assert "{} and {}; the model also ends at {}, and".format(*ends) in caplog.text
     reader = gguf.GGUFReader(tmp_path / "out" / FILE)
     (factors,) = [t.data for t in reader.tensors if t.name == "rope_freqs.weight"]
     scaled = AutoModelForCausalLM.from_pretrained(base).model.rotary_emb.inv_freq.numpy()

@@ -121,14 +121,66 @@ def test_the_key_is_of_all_that_decides_the_scores(tmp_path: Path) -> None:
         return stages.harness_ref(spec, "m", trained).key
 
     seen = {key(), key(trained=None), key(["hellaswag"]), key(precision="fp16")}
-    (tmp_path / "notes.txt").write_text("of no importance")
+    for name in ("notes.txt", "ops.py"):
+        (tmp_path / name).write_text("of = 'no importance'")
     assert key() in seen
-    for name, content in (("quiz.jsonl", "{}"), ("utils.py", "x = 1"), ("quiz.yaml", None)):
+    for name, content in (("quiz.jsonl", "{}"), ("quiz.yaml", None)):
         text = content or yaml.safe_dump(QUIZ | {"doc_to_text": "{{question}}:"})
         (tmp_path / name).write_text(text)
         assert key() not in seen
         seen.add(key())
-    assert len(seen) == 7
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("data", "changed"),
+    [
+        ("json, dataset_kwargs: {data_files: {test: 'rows/*.jsonl'}}", "rows/b.jsonl"),
+        ("json, dataset_kwargs: {data_files: [rows/a.jsonl]}", "rows/a.jsonl"),
+        ("json, dataset_kwargs: {data_dir: rows, data_files: 'a*'}", "rows/a.jsonl"),
+        ("json, dataset_kwargs: {data_dir: rows}", "rows/b.jsonl"),
+        ("rows", "rows/b.jsonl"),
+        ("org/name, process_docs: !function sub/utils.f", "sub/utils.py"),
+        ("org/name, process_docs: !function sub.utils.f", "sub/utils.py"),
+        ("org/name, metric_list: [{metric: !function sub/utils.f}]", "sub/utils.py"),
+    ],
+)
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_file_that_decides_the_questions_is_known_through_each_include(
+    tmp_path: Path, data: str, changed: str, depth: int
+) -> None:
+    for name in ("rows/a.jsonl", "rows/b.jsonl", "sub/utils.py", "sub/other.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    (tmp_path / "0.yaml").write_text(f"{{task: quiz, dataset_path: {data}}}")
+    for number in range(depth):
+        (tmp_path / f"{number + 1}.yaml").write_text(f"include: {number}.yaml")
+    task = str(tmp_path / f"{depth}.yaml")
+    before = identify(task)
+    (tmp_path / "sub/other.py").write_text("nobody names it")
+    assert identify(task) == before
+    (tmp_path / changed).write_text("after")
+    assert identify(task) != before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{task: x, include: none.yaml}", "cannot read .*none.yaml"),
+        ("{task: x, include: ./x.yaml}", "includes .*x.yaml, which was read before"),
+        ("{task: x, process_docs: !function none.f}", "neither .*none.py nor an installed module"),
+        (
+            "{task: x, dataset_path: json, dataset_kwargs: {data_files: '*.jsonl'}}",
+            r"names data files \*.jsonl: none in",
+        ),
+    ],
+)
+def test_what_a_task_names_and_is_not_there_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(SpecError, match=message):
+        identify(str(tmp_path / "x.yaml"))
 
 
 def test_a_task_that_cannot_be_run_is_refused_before_the_training(
@@ -140,6 +192,7 @@ def test_a_task_that_cannot_be_run_is_refused_before_the_training(
         preflight.check_tasks(spec_with([str(quiz)], **{"quizz/acc": "> 0"}))
     with pytest.raises(SpecError, match="cannot read .*none.yaml"):
         preflight.check_tasks(spec_with([str(tmp_path / "none.yaml")]))
+    (tmp_path / "utils.py").touch()
     quiz.write_text("dataset_path: !function utils.load\n")
     with pytest.raises(SpecError, match="has no key `task`"):
         preflight.check_tasks(spec_with([str(quiz)]))
@@ -154,3 +207,5 @@ def test_what_no_task_measures_is_refused_in_the_spec() -> None:
         spec_with([], **{"quiz/acc": "> 0"})
     with pytest.raises(ValueError, match="require names 'acc'.* eval_loss, eval_perplexity, or"):
         spec_with(["quiz"], acc="> 0")
+    with pytest.raises(ValueError, match="tasks_limit goes with tasks, and there are none"):
+        EvaluateSpec(tasks_limit=5)

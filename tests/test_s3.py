@@ -14,7 +14,7 @@ import pytest
 
 from ditty import s3
 from ditty.artifacts import MANIFEST, read_manifest
-from ditty.errors import RemoteDenied, RemoteError, SpecError
+from ditty.errors import RemoteDenied, RemoteError, SpecError, scrub
 from ditty.remote import Remote
 from ditty.s3 import Patience
 from tests.faultproxy import Fault, FaultProxy
@@ -193,7 +193,7 @@ def test_unreachable_endpoint_is_given_up(
 
 def test_no_secret_is_printed(s3_env: pytest.MonkeyPatch) -> None:
     secret, key = os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]
-    said = s3.scrub(f"GET http://user:pass@host/x as {key} with {secret} failed")
+    said = scrub(f"GET http://user:pass@host/x as {key} with {secret} failed")
     assert said == "GET http://***@host/x as *** with *** failed"
     s3_env.setenv("AWS_ENDPOINT_URL_S3", "http://user:canary-password@127.0.0.1:9")
     with pytest.raises(SpecError, match="AWS_ENDPOINT_URL_S3 holds a user name") as caught:

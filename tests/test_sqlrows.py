@@ -1,8 +1,10 @@
 """Rows of a SQL query; the oracle is the sqlite3 module."""
 
 import sqlite3
+import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -89,6 +91,28 @@ def test_what_cannot_be_asked_is_told_without_the_password(
     with pytest.raises(DataError, match=message) as caught:
         load(data_of(query), tmp_path)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("no://host/db?password=canary%5B2", "canary[2, canary%5B2"),
+        ("no:///?odbc_connect=DRIVER%3D%7BODBC%7D%3BPWD%3Dcanary%5B2%3BUID%3Dme", "PWD=canary[2"),
+        ("no://me:canary[2@host/db", "canary[2, canary%5B2"),
+        ("no://me:canary%5b2@host/db", "canary[2, canary%5B2, canary%5b2"),
+        ("no://me:canary[2@host:port/db", "canary[2"),
+    ],
+)
+def test_no_form_of_a_password_is_told_whatever_the_driver_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, told: str
+) -> None:
+    monkeypatch.setenv("TICKETS", url)
+    for length in (1, 440):  # the second is cut off within the password
+        error = ValueError(f"at {url}: {'x' * length} {told}")
+        monkeypatch.setattr("datasets.Dataset.from_sql", Mock(side_effect=error))
+        with pytest.raises(DataError, match=r"failed: ValueError: at \.\.\.: x") as caught:
+            load(data_of(), tmp_path)
+        assert "canary" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize(

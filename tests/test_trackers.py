@@ -91,7 +91,7 @@ class Away:
     name = "mlflow"
 
     def log(self, values, step=None):
-        raise ConnectionError("nobody there")
+        raise ConnectionError("nobody at http://me:hunter2@host")
 
 
 def test_a_tracker_that_does_not_answer_is_named_and_stops_nothing(tmp_path, caplog):
@@ -99,16 +99,54 @@ def test_a_tracker_that_does_not_answer_is_named_and_stops_nothing(tmp_path, cap
     hooks = Reports([Away()], RunDir(tmp_path)).hooks(Hooks(on_step=seen.append))
     with caplog.at_level(logging.WARNING, "ditty.trackers"):
         hooks.call("on_step", {"step": 1, "loss": 2.0})
-    assert "the tracker mlflow: ConnectionError: nobody there" in caplog.text
+    assert "the tracker mlflow: ConnectionError: nobody at http://***@host" in caplog.text
     assert seen == [{"step": 1, "loss": 2.0}], "the callback of the user's is called all the same"
+
+
+def test_what_a_callback_raises_is_told_once_beside_a_tracker(tmp_path):
+    def of_the_user(record):
+        raise KeyError("nothing there")
+
+    hooks = Reports([Away()], RunDir(tmp_path)).hooks(Hooks(on_step=of_the_user))
+    with pytest.raises(RunError, match=r"^the callback on_step \(.*of_the_user\) raised") as caught:
+        hooks.call("on_step", {"step": 1, "loss": 2.0})
+    assert str(caught.value).count("raised") == 1
+
+
+def test_a_lineage_or_a_picture_that_cannot_be_made_ends_no_training(tmp_path, caplog):
+    run = RunDir(tmp_path / "run")
+    run.metrics_file.parent.mkdir()
+    run.metrics_file.write_text('{"kind": "train"}\n')  # which step?
+    with caplog.at_level(logging.WARNING, "ditty.trackers"):
+        Reports([Away()], run).result(tmp_path / "nothing", Store(tmp_path))
+    assert caplog.text.count("the tracker mlflow") == 2
+    assert "KeyError: 'step'" in caplog.text and f"{tmp_path}/nothing" in caplog.text
+
+
+def test_a_tracker_that_is_gone_is_told_nothing_after_its_third_failure_in_a_row(tmp_path, caplog):
+    class Gone(Away):
+        asked = []
+
+        def log(self, values, step=None):
+            self.asked.append(step)
+            if step != 3:
+                super().log(values, step)
+
+    reports = Reports([Gone()], RunDir(tmp_path))
+    with caplog.at_level(logging.WARNING, "ditty.trackers"):
+        for step in range(1, 10):
+            reports.tell("train", {"step": step, "loss": 2.0})
+    assert Gone.asked == [1, 2, 3, 4, 5, 6], "the answer to the third one counts"
+    assert caplog.text.count("3 times in a row: it is told nothing more") == 1
 
 
 def test_a_tracker_that_does_not_start_ends_the_run_before_its_first_step(tmp_path, monkeypatch):
     def start(self):
-        raise PermissionError("no key")
+        raise PermissionError("no key canary-of-wandb-0123 at http://me:hunter2@host")
 
+    monkeypatch.setenv("WANDB_API_KEY", "canary-of-wandb-0123")
     monkeypatch.setattr(TensorBoardTracker, "start", start)
-    message = "report_to: tensorboard does not start: PermissionError: no key"
+    message = r"tensorboard does not start: PermissionError: no key \*\*\* at http://\*\*\*@host"
     with (
         pytest.raises(RunError, match=message),
         reporting(spec_of("tensorboard"), Place(RunDir(tmp_path))),
@@ -138,10 +176,16 @@ def test_a_missing_package_names_the_extra_and_wandb_asks_how_to_log_in(monkeypa
 
 
 def test_the_preflight_asks_for_what_the_training_will_have(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("WANDB_API_KEY", "not a key")  # but not named in launch.environment
     with pytest.raises(SpecError, match="launch.environment"):
         preflight.check(spec_of("wandb"), Store())
+    preflight.check_trackers([Tracker.MLFLOW], [])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(SpecError, match="would not get MLFLOW_TRACKING_URI, which is set here"):
+        preflight.check_trackers([Tracker.MLFLOW], ["MLFLOW_EXPERIMENT_NAME"])
+    preflight.check_trackers([Tracker.MLFLOW], ["MLFLOW_TRACKING_URI"])
 
 
 def test_every_tracker_has_an_extra():
