@@ -23,25 +23,40 @@ CLUSTERS = {Engine.DASK: "prefect_dask", Engine.RAY: "prefect_ray"}
 def check(spec: RunSpec, store: Store) -> stages.StageLine:
     """Look at everything that a run needs and that costs nothing to look at.
 
-    Checks that the store can be written, the launch fits this machine, sources, functions and the
-    base model exist and fit the spec, the run directory is not another spec's, and the upload
-    target, and the place where stores are shared, take and give back a small object.
+    Checks what `check_inputs` does, and that the upload target, and the place where stores are
+    shared, take and give back a small object.
 
     Returns:
         The stages, resolved.
     Raises:
         DittyError: the first thing that is wrong.
     """
+    line = check_inputs(spec, store)
+    check_places(spec.upload.url)
+    return line
+
+
+def check_inputs(spec: RunSpec, store: Store) -> stages.StageLine:
+    """`check` without the places that it writes to.
+
+    Checks what `check_machine` does, and that sources, functions and the base model exist and fit
+    the spec, and the run directory is not another spec's.
+    """
+    check_machine(spec, store)
+    line = stages.resolve(spec, store)
+    check_model(spec, line)
+    check_run(spec, store)
+    return line
+
+
+def check_machine(spec: RunSpec, store: Store) -> None:
+    """What needs neither data nor a model: the store can be written, the launch fits this machine,
+    and the packages and tasks that the spec names are there."""
     check_store(store)
     child_environment(spec.launch)
     check_trackers(spec.train.report_to, spec.launch.environment)
     check_engine(spec.data)
-    line = stages.resolve(spec, store)
-    check_model(spec, line)
     check_tasks(spec)
-    check_run(spec, store)
-    check_places(spec.upload.url)
-    return line
 
 
 def check_places(upload_url: str | None = None) -> None:

@@ -116,6 +116,22 @@ def test_a_plan_needs_no_target_before_there_is_a_result(tmp_path, no_process):
     assert not (tmp_path / "not").exists(), "a plan creates nothing"
 
 
+def test_a_plan_refuses_what_a_run_would(tmp_path, no_process, monkeypatch):
+    """All but the upload target, which a run writes to."""
+    monkeypatch.delenv("DITTY_MACHINE_RANK", raising=False)
+    monkeypatch.delenv("SLURM_NODEID", raising=False)
+    quiz = str(tmp_path / "quiz.yaml")
+    for changes, message in (
+        ({"train__report_to": ["wandb"]}, r"train\.report_to: wandb needs"),
+        ({"evaluate": {"tasks": [quiz]}}, rf"evaluate\.tasks: cannot read {quiz}"),
+        ({"launch__num_machines": 2}, "DITTY_MACHINE_RANK"),
+        ({"launch__environment": ["NO_SUCH_TOKEN"]}, "NO_SUCH_TOKEN, which is not set"),
+    ):
+        for refusing in (make_plan, preflight.check):
+            with pytest.raises(SpecError, match=message):
+                refusing(make_spec(tmp_path, **changes), Store())
+
+
 TEXT = {"data__format": "text"}
 PAIRS = {"data__format": "prompt_completion"}
 
