@@ -29,8 +29,9 @@ HARMLESS = {
 }  # fmt: skip
 # Keys that do nothing, or may not be there, in a spec with one local source and one process.
 IDLE = {
-    "data.connection", "data.version", "data.engine_address", "data.seed", "data.stopping_strategy", "data.sources", "data.subset", "data.split",
-    "data.revision", "model.revision", "model.trust_remote_code", "train.shard_size",
+    "data.connection", "data.version", "data.engine_address", "data.seed",
+    "data.stopping_strategy", "data.sources", "data.subset", "data.split", "data.revision",
+    "model.revision", "model.trust_remote_code", "train.shard_size",
     "train.cpu_offload", "train.offload_gpu_gb",
 }  # fmt: skip
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
