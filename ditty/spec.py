@@ -7,7 +7,7 @@ make no sense are refused here, before a process is started.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ditty import gates, legal
 from ditty.choices import (
@@ -195,6 +195,15 @@ class TrainSpec(Section):
             recomputes = {"activation_checkpointing": ActivationCheckpointing.ALL}
             return recomputes | rest if values["gradient_checkpointing"] else rest
         return values
+
+    @field_validator("schedule_options")
+    @classmethod
+    def _options_of_the_schedule(
+        cls, options: dict[str, float | str], info: ValidationInfo
+    ) -> dict[str, float | str]:
+        if "schedule" in info.data:  # else it is wrong itself
+            legal.check_schedule_options(info.data["schedule"], options)
+        return options
 
     @model_validator(mode="after")
     def _evaluates(self) -> "TrainSpec":
