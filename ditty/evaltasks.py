@@ -4,8 +4,10 @@ A task is a name that the harness knows, or a YAML file of its format; such a fi
 files, which are looked for beside it, and functions in Python files beside it.
 """
 
-from collections.abc import Iterator
-from importlib import metadata
+import difflib
+import re
+from collections.abc import Collection, Iterator
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from ditty.errors import SpecError
 from ditty.files import sha256_file
 
 PACKAGE = "lm_eval"
+
+_NAMED = re.compile(r"""\b(?:task|group|tag)["']?:[ \t]*["']?([\w.-]+)""")
+_NO_NAME = re.compile(r"""[\s"',:\[\]{}]+""")
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,6 +47,33 @@ def version() -> str:
             "evaluate.tasks needs lm-evaluation-harness, which is not installed: "
             "pip install 'ditty[eval]'"
         ) from error
+
+
+def check_names(tasks: Collection[str]) -> None:
+    """Raise SpecError where a task is a name that no file of the harness has in it.
+
+    Looks for words, which takes a second: the harness needs ten, and torch, to tell its names. So a
+    word that is there and names no task is refused only by the harness.
+    """
+    asked = {task for task in tasks if not is_file(task) and not re.search(r"[*?\[]", task)}
+    if not asked:
+        return
+    package = util.find_spec(PACKAGE)
+    assert package is not None and package.submodule_search_locations, "see version()"
+    names: set[str] = set()
+    for path in Path(package.submodule_search_locations[0], "tasks").rglob("*"):
+        if path.suffix in ("", ".yaml", ".yml") and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            names.update(_NAMED.findall(text))
+            asked.difference_update(_NO_NAME.split(text))
+        if not asked:
+            return
+    task = min(asked)
+    near = difflib.get_close_matches(task, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` has those it knows"
+    raise SpecError(
+        f"evaluate.tasks: lm-evaluation-harness {version()} has no task {task!r}; {hint}"
+    )
 
 
 def identify(task: str) -> dict[str, Any]:

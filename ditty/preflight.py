@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 from ditty import basemodel, evaltasks, share, stages
 from ditty.artifacts import Store
-from ditty.choices import Engine, Quantization, Tracker
+from ditty.choices import Device, Engine, Quantization, Tracker
 from ditty.dataspec import DataSpec
-from ditty.environment import child_environment
+from ditty.environment import child_environment, resolve_device
 from ditty.errors import RunMismatch, SpecError, StoreError, cut
 from ditty.files import make_dir, read_json
 from ditty.identity import GUARD_KEYS
@@ -54,6 +54,7 @@ def check_machine(spec: RunSpec, store: Store) -> None:
     and the packages and tasks that the spec names are there."""
     check_store(store)
     child_environment(spec.launch)
+    check_optimizer(spec)
     check_trackers(spec.train.report_to, spec.launch.environment)
     check_engine(spec.data)
     check_tasks(spec)
@@ -72,6 +73,7 @@ def check_tasks(spec: RunSpec) -> None:
     if not spec.evaluate.tasks:
         return
     evaltasks.version()
+    evaltasks.check_names(spec.evaluate.tasks)
     names = {evaltasks.identify(task)["name"] for task in spec.evaluate.tasks}
     for measure in spec.evaluate.require:
         task = measure.rpartition("/")[0]
@@ -83,10 +85,20 @@ def check_tasks(spec: RunSpec) -> None:
             )
 
 
+def check_optimizer(spec: RunSpec) -> None:
+    """Raise SpecError where `train.optimizer` needs a GPU, and the run is on a CPU."""
+    optimizer, device = spec.train.optimizer, resolve_device(spec.launch)
+    if optimizer.startswith("paged_") and device == Device.CPU:
+        raise SpecError(
+            f"train.optimizer: {optimizer} needs a GPU, and this run is on {device}: use "
+            f"{optimizer.removeprefix('paged_')}"
+        )
+
+
 def check_engine(data: DataSpec) -> None:
     """Raise SpecError unless the package of `data.engine` is installed."""
     package = CLUSTERS.get(data.engine)
-    if data.shards > 1 and package and importlib.util.find_spec(package) is None:
+    if package and importlib.util.find_spec(package) is None:
         raise SpecError(
             f"data.engine: {data.engine} needs the package {package}: "
             f"pip install 'ditty[{data.engine}]', here and where its workers run"

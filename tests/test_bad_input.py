@@ -125,6 +125,10 @@ def test_a_plan_refuses_what_a_run_would(tmp_path, no_process, monkeypatch):
         ({"train__report_to": ["wandb"]}, r"train\.report_to: wandb needs"),
         ({"evaluate": {"tasks": [quiz]}}, rf"evaluate\.tasks: cannot read {quiz}"),
         ({"launch__num_machines": 2}, "DITTY_MACHINE_RANK"),
+        (
+            {"train__optimizer": "paged_adamw"},
+            r"train\.optimizer: paged_adamw needs a GPU, and this run is on cpu: use adamw",
+        ),
         ({"launch__environment": ["NO_SUCH_TOKEN"]}, "NO_SUCH_TOKEN, which is not set"),
     ):
         for refusing in (make_plan, preflight.check):
@@ -182,6 +186,8 @@ def test_a_few_bad_rows_are_kept_beside_the_good_ones(tmp_path, no_process):
 def test_unknown_source_and_model(tmp_path, no_process):
     with pytest.raises(DataError, match="rows.jsonl"):
         prepare(make_spec(tmp_path, data__source=str(tmp_path / "row.jsonl")))
+    with pytest.raises(DataError, match=r"data\.split: got 'tarin', which is for hub data sets"):
+        make_plan(make_spec(tmp_path, data__split="tarin"), Store())
     with pytest.raises(ModelError, match="did you mean"):
         prepare(make_spec(tmp_path, model__base_model=str(tmp_path / "modle")))
 

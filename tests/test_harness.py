@@ -146,7 +146,21 @@ def test_a_task_that_cannot_be_run_is_refused_before_the_training(
     monkeypatch.setattr(evaltasks, "PACKAGE", "no-such-harness")
     with pytest.raises(SpecError, match=r"pip install 'ditty\[eval\]'"):
         preflight.check_tasks(spec_with(["hellaswag"]))
+    monkeypatch.undo()
+    preflight.check_tasks(spec_with(["hellaswag", "mmlu", "ai2_arc", "mmlu_*"]))
+    message = r"lm-evaluation-harness [\d.]+ has no task 'hellaswagg'; did you mean hellaswag\?$"
+    with pytest.raises(SpecError, match=message):
+        preflight.check_tasks(spec_with(["hellaswagg"]))
     assert identify("hellaswag") == {"name": "hellaswag"}
+
+
+@pytest.mark.slow
+def test_each_name_that_the_harness_knows_is_taken() -> None:
+    from lm_eval.tasks import TaskManager
+
+    names = TaskManager().all_tasks
+    assert len(names) > 1000
+    evaltasks.check_names(names)  # one by one would take hours
 
 
 def test_what_no_task_measures_is_refused_in_the_spec() -> None:
