@@ -257,7 +257,8 @@ class DataSpec(Section):
     when a worker is lost; does not change the result."""
     engine: Engine = Engine.THREADS
     """What makes the shards: `threads` or `processes` of this machine, or the workers of a cluster
-    (`dask`, `ray`: `pip install 'ditty[dask]'`), which must see DITTY_HOME and the base model."""
+    (`dask`, `ray`: the packages prefect-dask, prefect-ray), which must see DITTY_HOME and the base
+    model."""
     engine_address: str | None = None
     """Of the cluster's scheduler, tcp://host:8786 for example."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ditty.errors import SpecError
+from ditty.errors import SpecError, install
 from ditty.files import sha256_file
 
 PACKAGE = "lm_eval"
@@ -44,8 +44,8 @@ def version() -> str:
         return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError as error:
         raise SpecError(
-            "evaluate.tasks needs lm-evaluation-harness, which is not installed: "
-            "pip install 'ditty[eval]'"
+            "evaluate.tasks needs the package lm_eval, which is not installed: "
+            f"{install('eval')}, or remove evaluate.tasks"
         ) from error
 
 

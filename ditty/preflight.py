@@ -9,7 +9,7 @@ from ditty.artifacts import Store
 from ditty.choices import Device, Engine, Quantization, Tracker
 from ditty.dataspec import DataSpec
 from ditty.environment import child_environment, resolve_device
-from ditty.errors import RunMismatch, SpecError, StoreError, cut
+from ditty.errors import RunMismatch, SpecError, StoreError, cut, install
 from ditty.files import make_dir, read_json
 from ditty.identity import GUARD_KEYS
 from ditty.remote import Remote
@@ -17,7 +17,7 @@ from ditty.rundir import RunDir
 from ditty.spec import RunSpec, TrainSpec
 
 CLUSTERS = {Engine.DASK: "prefect_dask", Engine.RAY: "prefect_ray"}
-"""The packages of the extras of these names."""
+"""The modules of the extras of these names."""
 
 
 def check(spec: RunSpec, store: Store) -> stages.StageLine:
@@ -100,8 +100,9 @@ def check_engine(data: DataSpec) -> None:
     package = CLUSTERS.get(data.engine)
     if package and importlib.util.find_spec(package) is None:
         raise SpecError(
-            f"data.engine: {data.engine} needs the package {package}: "
-            f"pip install 'ditty[{data.engine}]', here and where its workers run"
+            f"data.engine: {data.engine} needs the package prefect-{data.engine}, which is not "
+            f"installed: {install(data.engine)}, and where its workers run, or remove engine and "
+            "engine_address"
         )
 
 
@@ -127,8 +128,9 @@ def check_trackers(trackers: Collection[Tracker], variables: Collection[str]) ->
     for tracker in trackers:
         if importlib.util.find_spec(tracker.value) is None:
             raise SpecError(
-                f"train.report_to: {tracker} needs a package that is not installed: "
-                f"pip install 'ditty[{tracker}]', or remove it"
+                f"train.report_to: {tracker} needs the package {tracker}, which is not installed: "
+                f"{install(tracker)}, or remove {tracker} from "
+                "train.report_to"
             )
     if Tracker.WANDB in trackers and not {"WANDB_API_KEY", "WANDB_MODE"} & set(variables):
         raise SpecError(

@@ -288,8 +288,8 @@ class EvaluateSpec(Section):
     num_samples: int = Field(default=0, ge=0)
     """Held-out prompts that both complete (greedily), each `train.sample_max_tokens` at most."""
     tasks: list[str] = Field(default_factory=list)
-    """Tasks of lm-evaluation-harness (`pip install 'ditty[eval]'`): names that it knows, or YAML
-    files of its format."""
+    """Tasks of lm-evaluation-harness (the package lm_eval): names that it knows, or YAML files of
+    its format."""
     tasks_limit: int | None = Field(default=None, ge=1)
     """Questions of each task, at most; all by default."""
     tasks_batch_size: int = Field(default=8, ge=1)

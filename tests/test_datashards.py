@@ -137,7 +137,9 @@ def test_an_engine_that_is_not_installed_is_refused_before_anything_starts(
 ) -> None:
     spec = spec_of(place, shards=2, engine="ray", engine_address="auto")
     for check in (preflight.check, make_plan):
-        with pytest.raises(SpecError, match=r"ray needs .*: pip install 'ditty\[ray\]'"):
+        with pytest.raises(
+            SpecError, match="ray needs .*: pip install 'prefect-ray>=0.6,<0.7' into /"
+        ):
             check(spec, Store(home))
 
 

@@ -144,7 +144,9 @@ def test_a_task_that_cannot_be_run_is_refused_before_the_training(
     with pytest.raises(SpecError, match="has no key `task`"):
         preflight.check_tasks(spec_with([str(quiz)]))
     monkeypatch.setattr(evaltasks, "PACKAGE", "no-such-harness")
-    with pytest.raises(SpecError, match=r"pip install 'ditty\[eval\]'"):
+    with pytest.raises(
+        SpecError, match="package lm_eval, .* pip install 'lm_eval>=0.4.13,<0.5' into /"
+    ):
         preflight.check_tasks(spec_with(["hellaswag"]))
     monkeypatch.undo()
     preflight.check_tasks(spec_with(["hellaswag", "mmlu", "ai2_arc", "mmlu_*"]))
