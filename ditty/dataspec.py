@@ -291,9 +291,9 @@ class DataSpec(Section):
     def _cluster_has_an_address(self) -> "DataSpec":
         example = {Engine.DASK: "tcp://host:8786", Engine.RAY: "ray://host:10001"}.get(self.engine)
         if example and self.engine_address is None:
-            raise ValueError(f"engine: {self.engine} needs engine_address: {example}")
+            raise ValueError(f"engine: {self.engine} needs data.engine_address: {example}")
         if not example and self.engine_address is not None:
-            raise ValueError(f"engine: {self.engine} takes no engine_address: remove it")
+            raise ValueError(f"engine: {self.engine} takes no data.engine_address: remove it")
         if self.engine is not Engine.THREADS and self.shards == 1:
             raise ValueError(
                 f"engine: {self.engine} makes shards, and data.shards is 1: set data.shards (64, "

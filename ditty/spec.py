@@ -301,21 +301,11 @@ class EvaluateSpec(Section):
 
     @field_validator("require")
     @classmethod
-    def _conditions(cls, require: dict[str, str]) -> dict[str, str]:
+    def _conditions(cls, require: dict[str, str], info: ValidationInfo) -> dict[str, str]:
         for measure, text in require.items():
             gates.Gate.parse(measure, text)
+            gates.check_measure(measure, has_tasks=bool(info.data.get("tasks", True)))
         return require
-
-    @model_validator(mode="after")
-    def _has_tasks(self) -> "EvaluateSpec":
-        for measure in self.require:
-            of_task = "/" in measure and bool(self.tasks)
-            if measure not in gates.HELD_OUT and not of_task:
-                raise ValueError(
-                    f"require names {measure!r}, which nothing measures; expected "
-                    f"{', '.join(gates.HELD_OUT)}, or TASK/METRIC of one of evaluate.tasks"
-                )
-        return self
 
 
 class RunSpec(Section):

@@ -319,7 +319,7 @@ def test_the_command_prints_errors_without_a_traceback(tmp_path):
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     home = tmp_path / "home"
     wrong = ditty("plan", str(path), "--set", "train.learning_rat=1", home=home)
-    assert wrong.returncode == 1 and "did you mean learning_rate?" in wrong.stderr
+    assert wrong.returncode == 1 and "did you mean train.learning_rate?" in wrong.stderr
     assert "Traceback" not in wrong.stderr + wrong.stdout
     good = ditty("plan", str(path), "--json", home=home)
     assert good.returncode == 0, good.stderr

@@ -117,9 +117,12 @@ def test_the_flow_makes_each_shard_in_a_task_of_its_own(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"engine": "dask"}, "engine: dask needs engine_address: tcp://host:8786"),
-        ({"engine": "ray"}, "engine: ray needs engine_address: ray://host:10001"),
-        ({"engine_address": "tcp://a:1"}, "engine: threads takes no engine_address: remove it"),
+        ({"engine": "dask"}, "engine: dask needs data.engine_address: tcp://host:8786"),
+        ({"engine": "ray"}, "engine: ray needs data.engine_address: ray://host:10001"),
+        (
+            {"engine_address": "tcp://a:1"},
+            "engine: threads takes no data.engine_address: remove it",
+        ),
         (
             {"engine": "dask", "engine_address": "tcp://a:1"},
             r"engine: dask makes shards, and data.shards is 1: set data.shards \(64, say\), or",
