@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ditty import preflight
 from ditty.artifacts import Store, read_manifest
 from ditty.choices import ExportTo, Precision, Quantization
 from ditty.errors import DittyError
 from ditty.gates import measures
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
+from ditty.status import find_trained
 from flows.bench_command import bench
 from flows.chat_command import chat
 from flows.compare_command import compare_command
@@ -92,12 +94,12 @@ def demo(overrides: Overrides = None) -> None:
 
 def run(spec: SpecFile, overrides: Overrides = None) -> None:
     """Run a spec: every stage that is not cached, then training from the newest checkpoint."""
-    _print_losses(_call("finetune", load_spec(spec, overrides or [])))
+    _print_losses(_call("finetune", _checked(spec, overrides)))
 
 
 def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
     """Measure what `run` made of a spec, and its base model: held-out loss, and tasks."""
-    found = _call("evaluate", load_spec(spec, overrides or []))
+    found = _call("evaluate", _checked(spec, overrides))
     base, trained = (measures(found[what]) for what in ("base", "trained"))
     table = Table("", "base", "trained", box=None, pad_edge=False)
     for name, value in base.items():
@@ -113,7 +115,7 @@ def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
 
 def refresh(spec: SpecFile, overrides: Overrides = None) -> None:
     """Train on the data as they are now; the result takes the place of the last if it is better."""
-    found = _call("refresh", load_spec(spec, overrides or []))
+    found = _call("refresh", _checked(spec, overrides))
     console.print(f"\n[bold]{escape(found['why'])}[/]", soft_wrap=True)
     place = found["in_place"] or "the base model: nothing was promoted yet"
     console.print(f"[bold]in place[/]: {escape(place)}", soft_wrap=True)
@@ -143,6 +145,7 @@ def export(
     """Copy the result of a run, an adapter or a whole model, to where it is used."""
     from ditty.demo import use_gguf, use_it, use_model
 
+    find_trained(Store(), run)  # before Prefect starts
     found = _call("export", run, to, out, dtype, license, public)
     place = found["out"] or found["path"]
     console.print(f"\n[bold]result[/]: {escape(place)}", soft_wrap=True)
@@ -224,6 +227,13 @@ def lineage(
     else:
         # Paths are for copying: never cut.
         Console(highlight=False, width=1000).print(lineage_tree(node))
+
+
+def _checked(spec: Path, overrides: list[str] | None) -> RunSpec:
+    """The spec, with what its flow refuses first of all refused before Prefect starts."""
+    loaded = load_spec(spec, overrides or [])
+    preflight.check_machine(loaded, Store())
+    return loaded
 
 
 def _number(value: Any) -> str:

@@ -311,6 +311,42 @@ def test_a_prefect_server_that_goes_away_is_no_traceback(monkeypatch, capsys):
     assert ended.value.code == 1 and "run the same command again" in capsys.readouterr().err
 
 
+def test_what_cannot_be_is_refused_before_prefect_or_torch(tmp_path, home, monkeypatch):
+    from typer.testing import CliRunner
+
+    from flows import cli
+
+    def refuse(*arguments: Any, **_: Any) -> None:
+        pytest.fail(f"started {arguments}")
+
+    monkeypatch.setattr(cli, "_call", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
+    RunDir.named("half", home).new_attempt("train")
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(make_spec(tmp_path).model_dump(mode="json")))
+    paged = ["--set", "train.optimizer=paged_lion"]
+    for command, message in (
+        (
+            ["export", "nope"],
+            f"there is no run nope in {home} (DITTY_HOME); runs there: half. Start one with "
+            "`ditty run SPEC`, or set DITTY_HOME to where it ran",
+        ),
+        (
+            ["chat", "half"],
+            "run half has no result yet: its training has not finished (`ditty status half`). Run "
+            "its spec again: it goes on where it was",
+        ),
+        *(
+            (
+                [name, str(path), *paged],
+                "train.optimizer: paged_lion needs a GPU, and this run is on cpu: use lion",
+            )
+            for name in ("run", "evaluate", "refresh")
+        ),
+    ):
+        assert str(CliRunner().invoke(cli.app, command).exception) == message
+
+
 def test_the_command_prints_errors_without_a_traceback(tmp_path):
     spec = make_spec(tmp_path)
     import yaml

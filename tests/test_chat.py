@@ -122,7 +122,10 @@ def test_mistakes(tmp_path, home, monkeypatch, capsys):
     shutil.rmtree(trained)
     assert "is not in" in say(monkeypatch, capsys, [])[1].err
     RunDir.named("mine", store.home).trained_file.unlink()
-    assert "has not finished a training" in say(monkeypatch, capsys, [])[1].err
+    assert (
+        "run mine has no result yet: its training has not finished (`ditty status mine`)"
+        in say(monkeypatch, capsys, [])[1].err
+    )
 
 
 def test_the_command_hands_over_to_a_process_with_torch(tmp_path, home, monkeypatch):
