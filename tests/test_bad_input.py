@@ -188,6 +188,9 @@ def test_unknown_source_and_model(tmp_path, no_process):
         prepare(make_spec(tmp_path, data__source=str(tmp_path / "row.jsonl")))
     with pytest.raises(DataError, match=r"data\.split: got 'tarin', which is for hub data sets"):
         make_plan(make_spec(tmp_path, data__split="tarin"), Store())
+    with pytest.raises(DataError, match="rows.jsonl"):  # the hub is not asked first
+        both = {"data__source": str(tmp_path / "row.jsonl"), "model__base_model": "org/nope"}
+        make_plan(make_spec(tmp_path, **both), Store())
     with pytest.raises(ModelError, match="did you mean"):
         prepare(make_spec(tmp_path, model__base_model=str(tmp_path / "modle")))
 
