@@ -24,6 +24,7 @@ from ditty.status import find_trained
 from flows.bench_command import bench
 from flows.chat_command import chat
 from flows.compare_command import compare_command
+from flows.console import Overrides
 from flows.preview_command import preview_command
 from flows.serve_command import deploy, serve
 from flows.verify_command import verify
@@ -38,10 +39,6 @@ app = typer.Typer(
 console = Console(highlight=False)
 
 SpecFile = Annotated[Path, typer.Argument(help="The spec, a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change a key: section.key=value. May be given several times."),
-]
 
 
 def main() -> None:
@@ -125,7 +122,10 @@ def export(
     run: Annotated[str, typer.Argument(help="The run's name.")],
     to: Annotated[
         ExportTo,
-        typer.Option(help="The adapter, or the adapter merged into its base: a folder, a file."),
+        typer.Option(
+            help="adapter: as trained; merged: folded into the base, a folder; gguf: the same as "
+            "one file, for llama.cpp."
+        ),
     ] = ExportTo.ADAPTER,
     out: Annotated[
         str | None,
@@ -139,7 +139,10 @@ def export(
         str | None, typer.Option(help="For the card; without it, that of a local base model.")
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="A repository that is made at the hub is for all.")
+        bool,
+        typer.Option(
+            "--public", help="Make the hub's repository public; by default it is private."
+        ),
     ] = False,
 ) -> None:
     """Copy the result of a run, an adapter or a whole model, to where it is used."""

@@ -137,7 +137,7 @@ def test_the_command_hands_over_to_a_process_with_torch(tmp_path, home, monkeypa
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", run)
-    RunDir.named("mine", home).root.mkdir(parents=True)
+    write_json(RunDir.named("mine", home).trained_file, {"train": "key", "spec": {}})
     assert CliRunner().invoke(app, ["chat", "mine", "--max-tokens", "8"]).exit_code == 3
     assert calls == [[sys.executable, "-m", "ditty.talk", "mine", "8", "0.0"]]
 
