@@ -186,7 +186,7 @@ def _row_refs(data: DataSpec) -> list[StageRef]:
 
 def _token_refs(data: DataSpec, rows: str, tokenizer: str) -> Iterator[StageRef]:
     fields = {"format", "columns", "seq_len", "overlong", "eval_fraction", "eval_max_rows"}
-    inputs = {
+    inputs: dict[str, Any] = {
         "rows": rows,
         "tokenizer": tokenizer,
         "supervised": data.supervised.value,

@@ -15,7 +15,7 @@ from ditty import stages, talk
 from ditty.artifacts import Store
 from ditty.choices import Precision
 from ditty.errors import RunError
-from ditty.files import write_json
+from ditty.files import make_dir, write_json
 from ditty.model import load_base, prepare_model, save_trained, trainable
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -137,6 +137,7 @@ def test_the_command_hands_over_to_a_process_with_torch(tmp_path, home, monkeypa
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", run)
+    make_dir(RunDir.named("mine", home).root)
     write_json(RunDir.named("mine", home).trained_file, {"train": "key", "spec": {}})
     assert CliRunner().invoke(app, ["chat", "mine", "--max-tokens", "8"]).exit_code == 3
     assert calls == [[sys.executable, "-m", "ditty.talk", "mine", "8", "0.0"]]
