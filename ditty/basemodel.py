@@ -171,6 +171,8 @@ def _unknown_path(name: str) -> str:
     while not parent.is_dir():
         parent = parent.parent
     missing = path.relative_to(parent).parts[0]
-    near = difflib.get_close_matches(missing, [p.name for p in parent.iterdir()], n=1, cutoff=0.5)
+    # What the root holds is the system's: nothing there was meant.
+    names = [p.name for p in parent.iterdir()] if parent != Path("/") else []
+    near = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
     return f"there is no {path}: {parent} has no {missing}{hint}"

@@ -205,6 +205,33 @@ class Schedule(StrEnum):
     WARMUP_STABLE_DECAY = "warmup_stable_decay"
 
 
+SCHEDULE_OPTIONS: dict[Schedule, dict[str, type]] = {
+    Schedule.COSINE: {"num_cycles": float},
+    Schedule.LINEAR: {},
+    Schedule.CONSTANT: {},
+    Schedule.CONSTANT_WITH_WARMUP: {},
+    Schedule.COSINE_WITH_RESTARTS: {"num_cycles": int},
+    Schedule.POLYNOMIAL: {"lr_end": float, "power": float},
+    Schedule.INVERSE_SQRT: {"timescale": int},
+    Schedule.COSINE_WITH_MIN_LR: {"num_cycles": float, "min_lr": float, "min_lr_rate": float},
+    Schedule.COSINE_WARMUP_WITH_MIN_LR: {
+        "num_cycles": float,
+        "min_lr": float,
+        "min_lr_rate": float,
+        "warmup_lr_rate": float,
+    },
+    Schedule.WARMUP_STABLE_DECAY: {
+        "num_decay_steps": int,
+        "num_stable_steps": int,
+        "warmup_type": str,
+        "decay_type": str,
+        "min_lr_ratio": float,
+        "num_cycles": float,
+    },
+}
+"""The arguments of each of transformers' schedules, besides the optimizer and the steps."""
+
+
 class Sampling(StrEnum):
     """The order of rows within an epoch."""
 

@@ -38,6 +38,13 @@ def find_columns(data: DataSpec, present: Sequence[str]) -> dict[str, str]:
     for standard, name in columns.items():
         if name in present:
             continue
+        if standard in shape.required and standard in data.columns:
+            close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ": name one of these"
+            raise DataError(
+                f"data.columns maps {standard} to {name!r}, and the rows have "
+                f"{', '.join(present)}{hint}"
+            )
         if standard in shape.required:
             raise DataError(
                 f"format: {data.format} needs a column {name!r}, the data has "

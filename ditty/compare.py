@@ -73,7 +73,8 @@ def _spec(run: RunDir) -> dict[str, Any]:
     spec = read_json(run.spec_file)
     if spec is None:
         raise RunError(
-            f"run {run.root.name} has no {run.spec_file}: it was never started; see `ditty status`"
+            f"run {run.root.name} was never started (there is no {run.spec_file}): run its spec, "
+            "then compare"
         )
     return flat(spec)
 

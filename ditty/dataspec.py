@@ -142,9 +142,11 @@ class Operation(Section):
 SQL = "sql:"
 """How a source that is a query begins."""
 
+SPLIT = "train"
+
 _OF_A_SOURCE = {
     "subset": None,
-    "split": "train",
+    "split": SPLIT,
     "revision": None,
     "connection": None,
     "version": None,
@@ -159,8 +161,8 @@ class SourceSpec(Section):
     """As `data.source`."""
     subset: str | None = None
     """The configuration's name of a hub data set."""
-    split: str = "train"
-    """The split of a hub data set."""
+    split: str = SPLIT
+    """The split of a hub data set, or of a folder saved by datasets."""
     revision: str | None = None
     """Commit, branch or tag of a hub data set; resolved to a commit."""
     connection: str | None = None
@@ -200,8 +202,8 @@ class DataSpec(Section):
     rows as dicts; or `sql:SELECT ... ORDER BY ...`."""
     subset: str | None = None
     """The configuration's name of a hub data set."""
-    split: str = "train"
-    """The split of a hub data set."""
+    split: str = SPLIT
+    """The split of a hub data set, or of a folder saved by datasets."""
     revision: str | None = None
     """Commit, branch or tag of a hub data set; resolved to a commit."""
     connection: str | None = None
@@ -255,7 +257,8 @@ class DataSpec(Section):
     when a worker is lost; does not change the result."""
     engine: Engine = Engine.THREADS
     """What makes the shards: `threads` or `processes` of this machine, or the workers of a cluster
-    (`dask`, `ray`: extras of these names), which must see DITTY_HOME and the base model."""
+    (`dask`, `ray`: the packages prefect-dask, prefect-ray), which must see DITTY_HOME and the base
+    model."""
     engine_address: str | None = None
     """Of the cluster's scheduler, tcp://host:8786 for example."""
 
@@ -286,10 +289,16 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _cluster_has_an_address(self) -> "DataSpec":
-        cluster = self.engine in (Engine.DASK, Engine.RAY)
-        if cluster != (self.engine_address is not None):
-            change = "needs an address: tcp://host:8786" if cluster else "takes none: remove it"
-            raise ValueError(f"engine_address: engine: {self.engine} {change}")
+        example = {Engine.DASK: "tcp://host:8786", Engine.RAY: "ray://host:10001"}.get(self.engine)
+        if example and self.engine_address is None:
+            raise ValueError(f"engine: {self.engine} needs data.engine_address: {example}")
+        if not example and self.engine_address is not None:
+            raise ValueError(f"engine: {self.engine} takes no data.engine_address: remove it")
+        if self.engine is not Engine.THREADS and self.shards == 1:
+            raise ValueError(
+                f"engine: {self.engine} makes shards, and data.shards is 1: set data.shards (64, "
+                "say), or remove engine and engine_address"
+            )
         return self
 
     @property

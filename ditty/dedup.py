@@ -53,7 +53,7 @@ def deduplicate_near(
     """The first of each set of texts that share most of their runs of words, by MinHash.
 
     A row goes if the estimated Jaccard similarity of its runs with those of a row that stays is at
-    least `threshold`. Case and punctuation do not count. Needs the extra `dedup`.
+    least `threshold`. Case and punctuation do not count. Needs the package datasketch.
 
     Args:
         words: in a run; a text with fewer is one run.

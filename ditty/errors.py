@@ -22,6 +22,7 @@ A user's mistake is one of these and is printed without a traceback. Anything el
 
 import os
 import re
+import sys
 
 LESS_MEMORY = (
     "lower train.micro_batch_size or data.seq_len, or set train.activation_checkpointing: all"
@@ -33,6 +34,23 @@ CREDENTIALS = (
     *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN"),
     *("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
 )
+
+
+EXTRAS = {
+    "dask": "prefect-dask>=0.3.7,<0.4",
+    "eval": "lm_eval>=0.4.13,<0.5",
+    "mlflow": "mlflow>=3,<4",
+    "ray": "prefect-ray>=0.6,<0.7",
+    "tensorboard": "tensorboard>=2.20,<3",
+    "trackio": "trackio>=0.40,<0.44",
+    "wandb": "wandb>=0.25,<1",
+}
+"""What pyproject.toml's extras of these names install."""
+
+
+def install(extra: str) -> str:
+    """How to install what a key needs: not `ditty[extra]`, as PyPI's ditty is another project."""
+    return f"pip install '{EXTRAS[extra]}' into {sys.prefix}"
 
 
 class DittyError(Exception):

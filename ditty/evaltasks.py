@@ -4,21 +4,25 @@ A task is a name that the harness knows, or a YAML file of its format; such a fi
 files, which are looked for beside it, functions in Python files beside it, and other such files.
 """
 
-import importlib.util
+import difflib
 import os
-from collections.abc import Iterator
-from importlib import metadata
+import re
+from collections.abc import Collection, Iterator
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import yaml
 
-from ditty.errors import SpecError
+from ditty.errors import SpecError, install
 from ditty.files import sha256_file
 
 PACKAGE = "lm_eval"
 FUNCTION = "!function "
+
+_NAMED = re.compile(r"""\b(?:task|group|tag)["']?:[ \t]*["']?([\w.-]+)""")
+_NO_NAME = re.compile(r"""[\s"',:\[\]{}]+""")
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,9 +47,36 @@ def version() -> str:
         return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError as error:
         raise SpecError(
-            "evaluate.tasks needs lm-evaluation-harness, which is not installed: "
-            "pip install 'ditty[eval]'"
+            "evaluate.tasks needs the package lm_eval, which is not installed: "
+            f"{install('eval')}, or remove evaluate.tasks"
         ) from error
+
+
+def check_names(tasks: Collection[str]) -> None:
+    """Raise SpecError where a task is a name that no file of the harness has in it.
+
+    Looks for words, which takes a second: the harness needs ten, and torch, to tell its names. So a
+    word that is there and names no task is refused only by the harness.
+    """
+    asked = {task for task in tasks if not is_file(task) and not re.search(r"[*?\[]", task)}
+    if not asked:
+        return
+    package = util.find_spec(PACKAGE)
+    assert package is not None and package.submodule_search_locations, "see version()"
+    names: set[str] = set()
+    for path in Path(package.submodule_search_locations[0], "tasks").rglob("*"):
+        if path.suffix in ("", ".yaml", ".yml") and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            names.update(_NAMED.findall(text))
+            asked.difference_update(_NO_NAME.split(text))
+        if not asked:
+            return
+    task = min(asked)
+    near = difflib.get_close_matches(task, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` has those it knows"
+    raise SpecError(
+        f"evaluate.tasks: lm-evaluation-harness {version()} has no task {task!r}; {hint}"
+    )
 
 
 def identify(task: str) -> dict[str, Any]:
@@ -111,7 +142,7 @@ def _module(function: str, path: Path) -> Path:
     if beside.is_file():
         return beside
     try:
-        found = importlib.util.find_spec(module)
+        found = util.find_spec(module)
     except (ImportError, ValueError):  # a part of it is not there, or it is no module's name
         found = None
     if found is None or found.origin is None:
@@ -147,7 +178,7 @@ def _data(content: dict[str, Any], path: Path) -> Iterator[Path]:
 
 def _is_format(source: str) -> bool:
     """Whether `datasets` has a reader of that name: json, csv, parquet, ..."""
-    datasets = importlib.util.find_spec("datasets")
+    datasets = util.find_spec("datasets")
     assert datasets is not None and datasets.origin is not None, "ditty needs it"
     return bool(source) and (Path(datasets.origin).parent / "packaged_modules" / source).is_dir()
 

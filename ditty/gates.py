@@ -5,6 +5,7 @@ eval_loss: "< base - 0.1"    better by more than 0.1 nats a token
 quiz/acc: ">= 0.6"           a task of lm-evaluation-harness, and one of its metrics
 """
 
+import difflib
 import operator
 import re
 from collections.abc import Mapping
@@ -69,6 +70,18 @@ class Gate:
             return None
         shown = f"{self.text}, which is {self.compare} {bound:.4f}" if self.base else self.text
         return f"{self.measure} is {trained[self.measure]:.4f}, required is {shown}"
+
+
+def check_measure(measure: str, *, has_tasks: bool) -> None:
+    """Raise ValueError where nothing will measure it."""
+    task = measure.rpartition("/")[0]
+    if measure in HELD_OUT or (task and has_tasks):
+        return
+    if task:
+        raise ValueError(f"names {measure}, and evaluate.tasks is empty: add {task} to it")
+    near = difflib.get_close_matches(measure, HELD_OUT, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(HELD_OUT)}, or TASK/METRIC"
+    raise ValueError(f"{measure!r} is measured by nothing; {hint}")
 
 
 def measures(found: Mapping[str, Any]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness, on a model that is in memory.
 
-The harness is a package of its own (the extra `eval`), imported where it is used.
+The harness is a package of its own, lm_eval, imported where it is used.
 """
 
 import contextlib

@@ -3,16 +3,19 @@
 A pair that cannot work is refused by the spec with its reason and the nearest choice that does.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ditty.choices import (
+    SCHEDULE_OPTIONS,
     ActivationCheckpointing,
     Adapter,
     Optimizer,
     Precision,
     Quantization,
+    Schedule,
     Sharding,
 )
 
@@ -87,6 +90,30 @@ def check(strategy: Strategy) -> None:
     """Raise ValueError with the first reason why `strategy` cannot work."""
     for problem in problems(strategy):
         raise ValueError(problem)
+
+
+def schedule_options(schedule: Schedule) -> str:
+    """The options of a schedule, in words."""
+    words = {str: "a word", int: "a whole number", float: "a number"}
+    kinds = SCHEDULE_OPTIONS[schedule].items()
+    return ", ".join(f"{name} ({words[kind]})" for name, kind in kinds) or "none"
+
+
+def check_schedule_options(schedule: Schedule, options: Mapping[str, float | str]) -> None:
+    """Raise ValueError for an option that the schedule has not, or of another type.
+
+    What is out of its range is refused when the schedule is made (ditty.optim).
+    """
+    for name, value in options.items():
+        kind = SCHEDULE_OPTIONS[schedule].get(name)
+        numeric = isinstance(value, int | float) and math.isfinite(value)
+        fits = isinstance(value, str) if kind is str else numeric
+        if kind is None or not fits or (kind is int and value != int(value)):
+            raise ValueError(
+                f"{name}: {value!r} is no option of schedule: {schedule}; expected "
+                f"{schedule_options(schedule)}; correct or remove it, or choose another "
+                "train.schedule"
+            )
 
 
 def problems(s: Strategy) -> Iterator[str]:

@@ -3,7 +3,6 @@
 Both are the libraries' own: torch's and bitsandbytes' optimizers, transformers' schedules.
 """
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,9 +11,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.optimization import get_scheduler
 
-from ditty.choices import Optimizer, Schedule
+from ditty import legal
+from ditty.choices import SCHEDULE_OPTIONS, Optimizer, Schedule
 from ditty.errors import RunError, SpecError
 from ditty.spec import TrainSpec
 
@@ -228,8 +228,8 @@ def learning_rate(step: int, total_steps: int, train: TrainSpec) -> float:
     the steps, or over what `num_stable_steps` leaves.
 
     Raises:
-        SpecError: an option that the schedule has not, or of another type. Values out of an
-            option's range are refused by `check_schedule`, which is to be called first.
+        Exception: an option is out of its range, which `check_schedule`, to be called first,
+            refuses.
     """
     options = tuple(sorted(_schedule_options(train).items()))
     factor = _factor(train.schedule, total_steps, train.warmup_steps, train.learning_rate, options)
@@ -237,12 +237,12 @@ def learning_rate(step: int, total_steps: int, train: TrainSpec) -> float:
 
 
 def check_schedule(train: TrainSpec) -> None:
-    """Refuse schedule_options that transformers' schedule does not take or cannot work with.
+    """Refuse schedule_options that transformers' schedule cannot work with.
 
     Needs no model and no data; the steps are `max_steps`, or assumed.
 
     Raises:
-        SpecError: an option that the schedule has not, of another type, or out of its range.
+        SpecError: an option is out of its range.
     """
     total = train.max_steps or train.warmup_steps + 1000
     for step in (0, min(train.warmup_steps, total - 1), total - 1):
@@ -258,8 +258,8 @@ def _refused(train: TrainSpec, reason: str) -> SpecError:
     return SpecError(
         f"train.schedule_options {train.schedule_options} do not go with schedule: "
         f"{train.schedule}, learning_rate: {train.learning_rate} and warmup_steps: "
-        f"{train.warmup_steps}: {reason}; expected options of {_signature(train.schedule)} "
-        "that transformers documents; correct or remove them"
+        f"{train.warmup_steps}: {reason}; expected {legal.schedule_options(train.schedule)}, as "
+        "transformers documents them; correct or remove them"
     )
 
 
@@ -267,45 +267,11 @@ def _name(schedule: Schedule) -> str:
     return "constant_with_warmup" if schedule is Schedule.CONSTANT else schedule.value
 
 
-def _legal_options(schedule: Schedule) -> dict[str, type]:
-    """Option -> str, int or float, from the signature of transformers' function."""
-    ours = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
-    function = TYPE_TO_SCHEDULER_FUNCTION[_name(schedule)]
-    legal: dict[str, type] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name not in ours:
-            # Annotations are text there ("int | None"), and missing where a default says as much.
-            annotation = str(parameter.annotation)
-            legal[name] = next((t for t in (str, int) if t.__name__ in annotation), float)
-    return legal
-
-
-def _signature(schedule: Schedule) -> str:
-    legal = _legal_options(schedule)
-    words = {str: "a word", int: "a whole number", float: "a number"}
-    return ", ".join(f"{name} ({words[kind]})" for name, kind in legal.items()) or "none"
-
-
 def _schedule_options(train: TrainSpec) -> dict[str, Any]:
-    """`train.schedule_options` with whole numbers as int.
-
-    Raises:
-        SpecError: an option that the schedule has not, or of another type.
-    """
-    legal = _legal_options(train.schedule)
-    options: dict[str, Any] = {}
-    for name, value in train.schedule_options.items():
-        kind = legal.get(name)
-        numeric = isinstance(value, int | float) and math.isfinite(value)
-        fits = isinstance(value, str) if kind is str else numeric
-        if kind is None or not fits or (kind is int and value != int(value)):
-            raise SpecError(
-                f"train.schedule_options: {name}: {value!r} is no option of schedule: "
-                f"{train.schedule}; expected {_signature(train.schedule)}; "
-                "correct or remove it, or choose another train.schedule"
-            )
-        options[name] = int(value) if kind is int else value
-    return options
+    """`train.schedule_options` with whole numbers as int."""
+    kinds = SCHEDULE_OPTIONS[train.schedule]
+    given = train.schedule_options.items()
+    return {name: int(value) if kinds[name] is int else value for name, value in given}
 
 
 @lru_cache(maxsize=64)

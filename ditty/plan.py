@@ -63,13 +63,9 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
     """Plan a run; reads sources and the store, starts nothing.
 
     Raises:
-        DittyError: the run could not start; see preflight.check.
+        DittyError: the run could not start; see preflight.check_inputs.
     """
-    preflight.check_store(store)
-    preflight.check_engine(spec.data)
-    line = stages.resolve(spec, store)
-    preflight.check_model(spec, line)
-    preflight.check_run(spec, store)
+    line = preflight.check_inputs(spec, store)
     planned: list[PlannedStage] = []
     manifests: dict[str, Manifest] = {}
     for ref in line.refs:

@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from ditty import basemodel, evaltasks, share, stages
 from ditty.artifacts import Store
-from ditty.choices import Engine, Quantization, Tracker
+from ditty.choices import Device, Engine, Quantization, Tracker
 from ditty.dataspec import DataSpec
-from ditty.environment import child_environment
-from ditty.errors import RunMismatch, SpecError, StoreError, cut
+from ditty.environment import child_environment, resolve_device
+from ditty.errors import RunMismatch, SpecError, StoreError, cut, install
 from ditty.files import make_dir, read_json
 from ditty.identity import GUARD_KEYS
 from ditty.remote import Remote
@@ -20,31 +20,47 @@ from ditty.rundir import RunDir
 from ditty.spec import RunSpec, TrainSpec
 
 CLUSTERS = {Engine.DASK: "prefect_dask", Engine.RAY: "prefect_ray"}
-"""The packages of the extras of these names."""
+"""The modules of the extras of these names."""
 
 
 def check(spec: RunSpec, store: Store) -> stages.StageLine:
     """Look at everything that a run needs and that costs nothing to look at.
 
-    Checks that the store can be written, the launch fits this machine, sources, functions and the
-    base model exist and fit the spec, the run directory is not another spec's, and the upload
-    target, and the place where stores are shared, take and give back a small object.
+    Checks what `check_inputs` does, and that the upload target, and the place where stores are
+    shared, take and give back a small object.
 
     Returns:
         The stages, resolved.
     Raises:
         DittyError: the first thing that is wrong.
     """
-    check_store(store)
-    child_environment(spec.launch)
-    check_trackers(spec.train.report_to, spec.launch.environment)
-    check_engine(spec.data)
-    line = stages.resolve(spec, store)
-    check_model(spec, line)
-    check_tasks(spec)
-    check_run(spec, store)
+    line = check_inputs(spec, store)
     check_places(spec.upload.url)
     return line
+
+
+def check_inputs(spec: RunSpec, store: Store) -> stages.StageLine:
+    """`check` without the places that it writes to.
+
+    Checks what `check_machine` does, and that sources, functions and the base model exist and fit
+    the spec, and the run directory is not another spec's.
+    """
+    check_machine(spec, store)
+    line = stages.resolve(spec, store)
+    check_model(spec, line)
+    check_run(spec, store)
+    return line
+
+
+def check_machine(spec: RunSpec, store: Store) -> None:
+    """What needs neither data nor a model: the store can be written, the launch fits this machine,
+    and the packages and tasks that the spec names are there."""
+    check_store(store)
+    child_environment(spec.launch)
+    check_optimizer(spec)
+    check_trackers(spec.train.report_to, spec.launch.environment)
+    check_engine(spec.data)
+    check_tasks(spec)
 
 
 def check_places(upload_url: str | None = None) -> None:
@@ -60,6 +76,7 @@ def check_tasks(spec: RunSpec) -> None:
     if not spec.evaluate.tasks:
         return
     evaltasks.version()
+    evaltasks.check_names(spec.evaluate.tasks)
     names = {evaltasks.identify(task)["name"] for task in spec.evaluate.tasks}
     for measure in spec.evaluate.require:
         task = measure.rpartition("/")[0]
@@ -71,13 +88,24 @@ def check_tasks(spec: RunSpec) -> None:
             )
 
 
+def check_optimizer(spec: RunSpec) -> None:
+    """Raise SpecError where `train.optimizer` needs a GPU, and the run is on a CPU."""
+    optimizer, device = spec.train.optimizer, resolve_device(spec.launch)
+    if optimizer.startswith("paged_") and device == Device.CPU:
+        raise SpecError(
+            f"train.optimizer: {optimizer} needs a GPU, and this run is on {device}: use "
+            f"{optimizer.removeprefix('paged_')}"
+        )
+
+
 def check_engine(data: DataSpec) -> None:
     """Raise SpecError unless the package of `data.engine` is installed."""
     package = CLUSTERS.get(data.engine)
-    if data.shards > 1 and package and importlib.util.find_spec(package) is None:
+    if package and importlib.util.find_spec(package) is None:
         raise SpecError(
-            f"data.engine: {data.engine} needs the package {package}: "
-            f"pip install 'ditty[{data.engine}]', here and where its workers run"
+            f"data.engine: {data.engine} needs the package prefect-{data.engine}, which is not "
+            f"installed: {install(data.engine)}, and where its workers run, or remove engine and "
+            "engine_address"
         )
 
 
@@ -104,8 +132,9 @@ def check_trackers(trackers: Collection[Tracker], variables: Collection[str]) ->
     for tracker in trackers:
         if importlib.util.find_spec(tracker.value) is None:
             raise SpecError(
-                f"train.report_to: {tracker} needs a package that is not installed: "
-                f"pip install 'ditty[{tracker}]', or remove it"
+                f"train.report_to: {tracker} needs the package {tracker}, which is not installed: "
+                f"{install(tracker)}, or remove {tracker} from "
+                "train.report_to"
             )
     if Tracker.WANDB in trackers and not {"WANDB_API_KEY", "WANDB_MODE"} & set(variables):
         raise SpecError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditty import columnar, datafiles, functions, mixing, remotefiles, rows, sqlrows, tables
 from ditty.datafiles import DataFile
-from ditty.dataspec import COLUMNS, DataSpec, SourceSpec
+from ditty.dataspec import COLUMNS, SPLIT, DataSpec, SourceSpec
 from ditty.errors import DataError
 from ditty.files import canonical_json, make_dir, read_json, sha256_bytes, sha256_file
 from ditty.quarantine import Describe, Quarantine, row_number
@@ -49,6 +49,11 @@ def identify(data: DataSpec) -> dict[str, Any]:
 
 def _identify(part: SourceSpec, text_columns: list[str]) -> dict[str, Any]:
     kind = _kind(part.source)
+    if kind not in ("hub", "folder") and part.split != SPLIT:
+        raise DataError(
+            f"data.split: got {part.split!r}, which is for hub data sets and folders saved by "
+            f"datasets, and the source {part.source} is none: remove it"
+        )
     if kind == "files":
         files = datafiles.find(_path(part.source))
         identity: dict[str, Any] = {"files": datafiles.contents(files)}

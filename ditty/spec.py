@@ -7,7 +7,7 @@ make no sense are refused here, before a process is started.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ditty import gates, legal
 from ditty.choices import (
@@ -196,6 +196,15 @@ class TrainSpec(Section):
             return recomputes | rest if values["gradient_checkpointing"] else rest
         return values
 
+    @field_validator("schedule_options")
+    @classmethod
+    def _options_of_the_schedule(
+        cls, options: dict[str, float | str], info: ValidationInfo
+    ) -> dict[str, float | str]:
+        if "schedule" in info.data:  # else it is wrong itself
+            legal.check_schedule_options(info.data["schedule"], options)
+        return options
+
     @model_validator(mode="after")
     def _evaluates(self) -> "TrainSpec":
         for key in ("early_stopping_patience", "final_weights"):
@@ -279,8 +288,8 @@ class EvaluateSpec(Section):
     num_samples: int = Field(default=0, ge=0)
     """Held-out prompts that both complete (greedily), each `train.sample_max_tokens` at most."""
     tasks: list[str] = Field(default_factory=list)
-    """Tasks of lm-evaluation-harness (the extra `eval`): names that it knows, or YAML files of its
-    format."""
+    """Tasks of lm-evaluation-harness (the package lm_eval): names that it knows, or YAML files of
+    its format."""
     tasks_limit: int | None = Field(default=None, ge=1)
     """Questions of each task, at most; all by default."""
     tasks_batch_size: int = Field(default=8, ge=1)
@@ -292,22 +301,16 @@ class EvaluateSpec(Section):
 
     @field_validator("require")
     @classmethod
-    def _conditions(cls, require: dict[str, str]) -> dict[str, str]:
+    def _conditions(cls, require: dict[str, str], info: ValidationInfo) -> dict[str, str]:
         for measure, text in require.items():
             gates.Gate.parse(measure, text)
+            gates.check_measure(measure, has_tasks=bool(info.data.get("tasks", True)))
         return require
 
     @model_validator(mode="after")
     def _has_tasks(self) -> "EvaluateSpec":
         if self.tasks_limit is not None and not self.tasks:
             raise ValueError("tasks_limit goes with tasks, and there are none: remove it")
-        for measure in self.require:
-            of_task = "/" in measure and bool(self.tasks)
-            if measure not in gates.HELD_OUT and not of_task:
-                raise ValueError(
-                    f"require names {measure!r}, which nothing measures; expected "
-                    f"{', '.join(gates.HELD_OUT)}, or TASK/METRIC of one of evaluate.tasks"
-                )
         return self
 
 

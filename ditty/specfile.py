@@ -2,9 +2,9 @@
 
 import difflib
 import glob
-import types
-import typing
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,16 @@ from ditty.spec import RunSpec
 
 # PyYAML lets through what it meets on its way: bytes that are no text, 2026-13-45, a thousand "[".
 NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
+MANY_KEYS = 12  # more than that are not listed in a message
+# What pydantic puts into a location for the member of a union that it has tried.
+_MEMBER = re.compile(r"\[key\]|constrained-\w+|(literal|list)\[.*\]|str|int|float")
+BOUNDS = {
+    "minimum": "from",
+    "exclusiveMinimum": "above",
+    "maximum": "to",
+    "exclusiveMaximum": "below",
+}
+"""Of a number, by JSON schema's names."""
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
@@ -35,6 +45,8 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         raise SpecError(f"cannot read the spec {path}: {error.strerror}") from error
     except NO_YAML as error:
         raise SpecError(f"{path} is not YAML: {error}") from error
+    if values is None:
+        raise SpecError(f"{path} is empty; expected at least data.source and model.base_model")
     if not isinstance(values, dict):
         raise SpecError(
             f"{path} holds {type(values).__name__}, expected the sections "
@@ -57,7 +69,7 @@ def parse_spec(values: dict[str, Any], where: str = "spec") -> RunSpec:
     try:
         return RunSpec.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
+        lines = _explain(error.errors())
         # Not `from error`: it holds what was given, maybe with a password.
         raise SpecError(scrub("\n".join(f"{where}: {line}" for line in lines))) from None
 
@@ -157,23 +169,115 @@ def _read_template(data: Any, base: Path) -> None:
         raise SpecError(f"data.chat_template: cannot read {path}: {error}") from error
 
 
-def _explain(error: Any) -> str:
-    """One pydantic error as a sentence: the key, what is wrong, what was expected."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = list(_model_at(error["loc"][:-1]).model_fields)
-        close = _nearest(str(error["loc"][-1]), known)
-        hint = f"did you mean {close}?" if close else f"expected one of {', '.join(known)}"
-        return f"unknown key {key}: {hint}"
+def _explain(errors: Sequence[Any]) -> Iterator[str]:
+    """pydantic's errors as sentences: the key, what was given, what was expected."""
+    told = set()
+    for error in errors:
+        location = error["loc"]
+        if error["type"] != "extra_forbidden":
+            location = [p for p in location if not _MEMBER.fullmatch(str(p))]
+        key = ".".join(map(str, location))
+        if key in told and error["type"] not in ("value_error", "extra_forbidden"):
+            continue  # the other members of a union
+        told.add(key)
+        yield _sentence(error, key, location)
+
+
+def _sentence(error: Any, key: str, location: Sequence[Any]) -> str:
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown(key, location)
     if error["type"] == "missing":
-        return f"missing key {key}"
-    message = error["msg"].removeprefix("Value error, ")
+        return _missing(key, location)
     got = error["input"]
-    if isinstance(got, dict | BaseModel):
-        return f"{key}: {message}" if key else message
-    if error["type"] == "enum":
-        return f"{key}: {_enum_hint(got, error['ctx']['expected'])}"
-    return f"{key}: {message}, got {got!r}"
+    if error["type"] != "value_error":
+        return f"{key}: got {_told(got)}, expected {_wanted(key, location, got)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not isinstance(got, dict | BaseModel):
+        there = scrub(repr(got)) in scrub(message)
+        return f"{key}: {message}" if there else f"{key}: {message}, got {got!r}"
+    first, colon, rest = message.partition(": ")
+    if key and colon and first in _schema_at(location).get("properties", {}):
+        return f"{key}.{first}: {rest}"
+    return f"{key}: {message}" if key else message
+
+
+def _told(got: Any) -> str:
+    return (
+        "a mapping" if isinstance(got, dict) else "a list" if isinstance(got, list) else repr(got)
+    )
+
+
+def _unknown(key: str, location: Sequence[Any]) -> str:
+    known = list(_schema_at(location[:-1])["properties"])
+    within = ".".join(map(str, location[:-1]))
+    if close := _nearest(str(location[-1]), known):
+        return f"unknown key {key}: did you mean {within + '.' if within else ''}{close}?"
+    if len(known) <= MANY_KEYS:
+        return f"unknown key {key}: expected one of {', '.join(known)}"
+    file = "ditty/dataspec.py" if location[0] == "data" else "ditty/spec.py"
+    return f"unknown key {key}: the {len(known)} keys of {within} are documented in {file}"
+
+
+def _missing(key: str, location: Sequence[Any]) -> str:
+    required = _schema_at(location).get("required")
+    if required is None and key != "data":
+        return f"missing key {key}"
+    return f"missing section {key}: {{{', '.join(f'{k}: ...' for k in required or ['source'])}}}"
+
+
+def _wanted(key: str, location: Sequence[Any], got: Any) -> str:
+    """What a key takes, in words, with what was given as an example where it is nearly that."""
+    if key == "evaluate.require":
+        return 'measure: condition, e.g. {eval_loss: "< base"}'
+    if key.startswith("evaluate.require."):
+        return f'a condition in quotes, e.g. "<= {got}"'
+    words = []
+    for schema in _members(_schema_at(location)):
+        kind = schema.get("type", "")
+        if "enum" in schema or "const" in schema:
+            words.append(_choices(schema, got))
+        elif kind in ("integer", "number"):
+            words.append(_number_words(schema))
+        elif kind == "array":
+            words.append(_list_words(got))
+        elif kind == "object":
+            words.append(_section_words(schema, location, got))
+        elif kind != "null":
+            words.append({"string": "text", "boolean": "true or false"}[kind])
+    return ", or ".join(words)
+
+
+def _choices(schema: dict[str, Any], got: Any) -> str:
+    if "const" in schema:
+        return str(schema["const"])
+    *names, last = map(repr, schema["enum"])
+    close = _nearest(str(got), schema["enum"])
+    hint = f" (did you mean {close}?)" if close else ""
+    return f"{', '.join(names)} or {last}{hint}"
+
+
+def _number_words(schema: dict[str, Any]) -> str:
+    words = ["a whole number" if schema["type"] == "integer" else "a number"]
+    for name, word in BOUNDS.items():
+        words += [f"{word} {schema[name]:.10g}"] if name in schema else []
+    return " ".join(words)
+
+
+def _list_words(got: Any) -> str:
+    if isinstance(got, dict):
+        first = next(iter(got.items()), None)
+        return f"a list of them: [{{{first[0]}: {first[1]}, ...}}]" if first else "a list of them"
+    return "a list" if got is None else f"a list: [{got}]"
+
+
+def _section_words(schema: dict[str, Any], location: Sequence[Any], got: Any) -> str:
+    if "properties" not in schema:
+        return "a mapping"
+    first = next(iter(schema["properties"] if "required" not in schema else schema["required"]))
+    rest = ", function: ..." if schema["title"] == "Operation" else ""
+    value = got if isinstance(got, str | int | float) else "..."
+    example = f"{{{first}: {value}{rest}}}"
+    return example if isinstance(location[-1], int) else f"a section: {example}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str | None:
@@ -183,24 +287,30 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
     return close[0] if close else initials.get(name)
 
 
-def _enum_hint(got: Any, expected: str) -> str:
-    names = [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
-    close = _nearest(str(got), names)
-    hint = f" (did you mean {close}?)" if close else ""
-    return f"got {got!r}, expected {expected}{hint}"
+def _members(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The schemas of a union's members, or the one there is; references resolved."""
+    found = []
+    for member in schema.get("anyOf", [schema]):
+        name = member.get("$ref", "").rpartition("/")[2]
+        found.append(_schema()["$defs"][name] if name else member)
+    return found
 
 
-def _model_at(location: Sequence[Any]) -> type[BaseModel]:
-    """The section class at a path of keys, looking through lists and optionals."""
-    model: Any = RunSpec
+def _schema_at(location: Sequence[Any]) -> dict[str, Any]:
+    """The JSON schema at a path of keys, looking through lists, mappings and unions."""
+    schema = _schema()
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            options = [
-                a for a in typing.get_args(annotation) if a is not types.NoneType and a is not str
-            ]
-            annotation = options[-1]
-        model = annotation
-    return model
+        members = _members(schema)
+        if items := [m["items"] for m in members if "items" in m]:
+            schema = items[0]
+        else:
+            (within,) = [m for m in members if m.get("type") == "object"]
+            properties = within.get("properties")
+            schema = properties[part] if properties else within["additionalProperties"]
+    members = _members(schema)
+    return members[0] if len(members) == 1 else schema
+
+
+@lru_cache(maxsize=1)
+def _schema() -> dict[str, Any]:
+    return RunSpec.model_json_schema()

@@ -14,7 +14,7 @@ from typing import Any
 from ditty import basemodel, evaltasks, functions, quarantine, sources
 from ditty.artifacts import Manifest, Store, read_manifest
 from ditty.choices import OnAnomaly, OperationMethod, Precision, Quantization
-from ditty.dataspec import Operation
+from ditty.dataspec import DataSpec, Operation
 from ditty.errors import DataError, cut
 from ditty.files import canonical_json, sha256_bytes
 from ditty.spec import RunSpec
@@ -135,10 +135,11 @@ def resolve(spec: RunSpec, store: Store) -> StageLine:
     Raises:
         DittyError: a source, function or base model cannot be used.
     """
+    rows = _row_refs(spec.data)  # first: what is wrong here is told without asking the hub
     model = resolve_model(spec, store)
     refs = [ref for ref in model.refs if ref.stage == "fetch"]
     digest = "" if model.model_dir is None else basemodel.tokenizer_digest(model.model_dir)
-    refs += _data_refs(spec, digest)
+    refs += [*rows, *_token_refs(spec.data, rows[-1].key, digest)]
     identity = training_identity(spec, model_key(model), refs[-1].key)
     refs += [ref for ref in model.refs if ref.stage == "prequantize"]
     refs.append(make_ref("train", "train", identity))
@@ -173,27 +174,30 @@ def _fetch_refs(base: basemodel.BaseModelRef) -> Iterator[StageRef]:
         yield StageRef("fetch", basemodel.key(base), dict(base.identity), title)
 
 
-def _data_refs(spec: RunSpec, tokenizer: str) -> list[StageRef]:
-    data = spec.data
+def _row_refs(data: DataSpec) -> list[StageRef]:
     named = _short(data.source) if data.source else f"{len(data.sources)} sources"
     title = f"load {cut(named, 60)}"
     refs = [make_ref("load", title, {"source": sources.identify(data)})]
     for operation in data.operations:
         inputs = {"rows": refs[-1].key, **operation_inputs(operation)}
         refs.append(make_ref(operation.method.value, operation.describe(), inputs, operation))
+    return refs
+
+
+def _token_refs(data: DataSpec, rows: str, tokenizer: str) -> Iterator[StageRef]:
     fields = {"format", "columns", "seq_len", "overlong", "eval_fraction", "eval_max_rows"}
-    inputs = {
-        "rows": refs[-1].key,
+    inputs: dict[str, Any] = {
+        "rows": rows,
         "tokenizer": tokenizer,
         "supervised": data.supervised.value,
         "options": data.model_dump(mode="json", include=fields),
     }
     if data.chat_template:
         inputs["chat_template"] = sha256_bytes(data.chat_template.encode())
-    refs.append(make_ref("tokenize", "tokenize", inputs))
-    inputs = {"tokens": refs[-1].key, "seq_len": data.seq_len, "packing": data.packing.value}
-    refs.append(make_ref("pack", "pack", inputs))
-    return refs
+    tokenized = make_ref("tokenize", "tokenize", inputs)
+    yield tokenized
+    inputs = {"tokens": tokenized.key, "seq_len": data.seq_len, "packing": data.packing.value}
+    yield make_ref("pack", "pack", inputs)
 
 
 def operation_inputs(operation: Operation) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """How far runs are, read from their directories."""
 
+import difflib
 import math
 import statistics
 from collections import deque
@@ -9,6 +10,7 @@ from typing import Any
 
 from ditty.artifacts import Store
 from ditty.errors import RunError
+from ditty.files import read_json
 from ditty.rundir import CRASH_FILE, RunDir, Status, read_result
 from ditty.tail import RecordTail
 from ditty.timeleft import RECENT_STEPS, seconds_left
@@ -76,13 +78,33 @@ def find_run(store: Store, name: str) -> RunDir:
     """The directory of a run that is there.
 
     Raises:
-        RunError: there is no such run; names those there are.
+        RunError: there is no such run; names the nearest, or those there are.
     """
     run = RunDir.named(name, store.home)
     if not run.root.is_dir():
-        names = ", ".join(run_names(store)) or "none"
-        raise RunError(f"there is no run {name} in {store.home}; runs there: {names}")
+        names = run_names(store)
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(names) or 'none'}."
+        raise RunError(
+            f"there is no run {name} in {store.home} (DITTY_HOME); {hint} Start one with "
+            "`ditty run SPEC`, or set DITTY_HOME to where it ran"
+        )
     return run
+
+
+def find_trained(store: Store, name: str) -> dict[str, Any]:
+    """What a run's directory says of its newest finished training: {"spec", "train": key, ...}.
+
+    Raises:
+        RunError: there is no such run, or it has not finished a training.
+    """
+    found: dict[str, Any] | None = read_json(find_run(store, name).trained_file)
+    if found is None:
+        raise RunError(
+            f"run {name} has no result yet: its training has not finished (`ditty status {name}`). "
+            "Run its spec again: it goes on where it was"
+        )
+    return found
 
 
 class _Reader:

@@ -21,13 +21,12 @@ from ditty.choices import Adapter, Device
 from ditty.environment import resolve_device
 from ditty.errors import DittyError, RunError
 from ditty.evaluate import autocast, generate
-from ditty.files import read_json
 from ditty.load import load_trained
 from ditty.model import base_model
 from ditty.modelstages import base_folder, quantized_folder
 from ditty.spec import RunSpec
 from ditty.specfile import parse_spec
-from ditty.status import find_run
+from ditty.status import find_run, find_trained
 from ditty.world import single
 
 RESET, QUIT = "/reset", "/quit"
@@ -98,11 +97,7 @@ def trained_on(trained: Path) -> str:
 
 
 def _result(run: str, store: Store) -> tuple[RunSpec, Path]:
-    found = read_json(find_run(store, run).trained_file)
-    if found is None:
-        raise RunError(
-            f"run {run} has not finished a training: see `ditty status {run}`, and run its spec"
-        )
+    found = find_trained(store, run)
     spec = parse_spec(found["spec"], where=str(find_run(store, run).trained_file))
     trained = store.path("train", found["train"])
     if not trained.is_dir():

@@ -14,6 +14,7 @@ from ditty.artifacts import Store
 from ditty.benchmark import bench_spec, run_bench
 from ditty.shapes import SHAPES
 from ditty.spec import RunSpec
+from flows.console import Overrides
 
 STEP = re.compile(r"step (\d+/\d+) loss")
 NOTE = re.compile(r"(?:INFO|WARNING) ditty\.[\w.]+: (.*(?:compiled|held in memory).*)")
@@ -31,16 +32,15 @@ def bench(
     shape: Annotated[
         str, typer.Argument(help=f"Random weights of this shape: {', '.join(SHAPES)}.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change a key of the spec: section.key=value."),
-    ] = None,
+    overrides: Overrides = None,
     compare: Annotated[
         Peer | None, typer.Option(help="Run this one too, on the same work, right after.")
     ] = None,
     longest: Annotated[
         int | None,
-        typer.Option(help="Rows hold documents of 64 to so many tokens. [default: one each]"),
+        typer.Option(
+            help="Rows hold documents of 64 to so many tokens. (by default one document a row)"
+        ),
     ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="A file that gets a table of the GPU's kernels.")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ditty.artifacts import Store
-from ditty.status import find_run
+from ditty.status import find_trained
 
 
 def chat(
@@ -18,7 +18,7 @@ def chat(
     ] = 0.0,
 ) -> None:
     """Talk to the base model and to a run's result, a line at a time; Ctrl-D ends."""
-    find_run(Store(), run)
+    find_trained(Store(), run)
     # In a process of its own: this one has no torch.
     command = [sys.executable, "-m", "ditty.talk", run, str(max_tokens), str(temperature)]
     raise typer.Exit(subprocess.run(command, check=False).returncode)

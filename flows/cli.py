@@ -13,15 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ditty import preflight
 from ditty.artifacts import Store, read_manifest
 from ditty.choices import ExportTo, Precision, Quantization
 from ditty.errors import DittyError
 from ditty.gates import measures
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
+from ditty.status import find_trained
 from flows.bench_command import bench
 from flows.chat_command import chat
 from flows.compare_command import compare_command
+from flows.console import Overrides
 from flows.preview_command import preview_command
 from flows.serve_command import deploy, serve
 from flows.verify_command import verify
@@ -36,10 +39,6 @@ app = typer.Typer(
 console = Console(highlight=False)
 
 SpecFile = Annotated[Path, typer.Argument(help="The spec, a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change a key: section.key=value. May be given several times."),
-]
 
 
 def main() -> None:
@@ -92,12 +91,12 @@ def demo(overrides: Overrides = None) -> None:
 
 def run(spec: SpecFile, overrides: Overrides = None) -> None:
     """Run a spec: every stage that is not cached, then training from the newest checkpoint."""
-    _print_losses(_call("finetune", load_spec(spec, overrides or [])))
+    _print_losses(_call("finetune", _checked(spec, overrides)))
 
 
 def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
     """Measure what `run` made of a spec, and its base model: held-out loss, and tasks."""
-    found = _call("evaluate", load_spec(spec, overrides or []))
+    found = _call("evaluate", _checked(spec, overrides))
     base, trained = (measures(found[what]) for what in ("base", "trained"))
     table = Table("", "base", "trained", box=None, pad_edge=False)
     for name, value in base.items():
@@ -113,7 +112,7 @@ def evaluate(spec: SpecFile, overrides: Overrides = None) -> None:
 
 def refresh(spec: SpecFile, overrides: Overrides = None) -> None:
     """Train on the data as they are now; the result takes the place of the last if it is better."""
-    found = _call("refresh", load_spec(spec, overrides or []))
+    found = _call("refresh", _checked(spec, overrides))
     console.print(f"\n[bold]{escape(found['why'])}[/]", soft_wrap=True)
     place = found["in_place"] or "the base model: nothing was promoted yet"
     console.print(f"[bold]in place[/]: {escape(place)}", soft_wrap=True)
@@ -123,7 +122,10 @@ def export(
     run: Annotated[str, typer.Argument(help="The run's name.")],
     to: Annotated[
         ExportTo,
-        typer.Option(help="The adapter, or the adapter merged into its base: a folder, a file."),
+        typer.Option(
+            help="adapter: as trained; merged: folded into the base, a folder; gguf: the same as "
+            "one file, for llama.cpp."
+        ),
     ] = ExportTo.ADAPTER,
     out: Annotated[
         str | None,
@@ -137,12 +139,16 @@ def export(
         str | None, typer.Option(help="For the card; without it, that of a local base model.")
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="A repository that is made at the hub is for all.")
+        bool,
+        typer.Option(
+            "--public", help="Make the hub's repository public; by default it is private."
+        ),
     ] = False,
 ) -> None:
     """Copy the result of a run, an adapter or a whole model, to where it is used."""
     from ditty.demo import use_gguf, use_it, use_model
 
+    find_trained(Store(), run)  # before Prefect starts
     found = _call("export", run, to, out, dtype, license, public)
     place = found["out"] or found["path"]
     console.print(f"\n[bold]result[/]: {escape(place)}", soft_wrap=True)
@@ -224,6 +230,13 @@ def lineage(
     else:
         # Paths are for copying: never cut.
         Console(highlight=False, width=1000).print(lineage_tree(node))
+
+
+def _checked(spec: Path, overrides: list[str] | None) -> RunSpec:
+    """The spec, with what its flow refuses first of all refused before Prefect starts."""
+    loaded = load_spec(spec, overrides or [])
+    preflight.check_machine(loaded, Store())
+    return loaded
 
 
 def _number(value: Any) -> str:

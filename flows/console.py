@@ -2,13 +2,21 @@
 
 import time
 from types import TracebackType
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TaskID as BarID
 
 from flows.progress import Event, EventState
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key: section.key=value. May be given several times."),
+]
+"""`--set` of each command that reads a spec."""
 
 QUIET_SECONDS = 10.0  # between progress lines where the output is no terminal
 

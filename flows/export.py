@@ -10,12 +10,12 @@ from ditty import basemodel, share, stages
 from ditty.artifacts import Store, read_manifest
 from ditty.choices import Adapter, Device, ExportTo, Precision
 from ditty.errors import RunError, SpecError
-from ditty.files import locked, read_json
+from ditty.files import locked
 from ditty.package import GENERATION_CONFIG, generation_config, package_ref
 from ditty.spec import RunSpec
 from ditty.specfile import parse_spec
 from ditty.stages import StageRef
-from ditty.status import find_run
+from ditty.status import find_run, find_trained
 from flows import line, tasks
 from flows.card import card_files
 from flows.frame import framed
@@ -110,15 +110,8 @@ def export(
 
 
 def _newest(run: str, store: Store) -> Trained:
-    directory = find_run(store, run)
-    found = read_json(directory.trained_file)
-    if found is None:
-        raise RunError(
-            f"run {run} has not finished a training: see `ditty status {run}`, and run its spec "
-            "(what is there is not made again), then export it"
-        )
-    where = str(directory.trained_file)
-    spec = parse_spec(found["spec"], where=where)
+    found = find_trained(store, run)
+    spec = parse_spec(found["spec"], where=str(find_run(store, run).trained_file))
     # The machine that trained may have had a GPU; a merge needs none.
     launch = spec.launch.model_copy(update={"device": Device.CPU})
     failed = tuple(found.get("failed_gates", ()))

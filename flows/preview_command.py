@@ -16,6 +16,7 @@ from ditty.errors import SpecError
 from ditty.preview import PreviewRow, Token, preview
 from ditty.spec import RunSpec
 from ditty.specfile import load_spec
+from flows.console import Overrides
 
 # Two shades each, so that the borders of tokens show.
 SUPERVISED = ("black on green", "black on bright_green")
@@ -33,10 +34,7 @@ console = Console(highlight=False)
 
 def preview_command(
     spec: Annotated[Path, typer.Argument(help="The spec, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change a key: section.key=value."),
-    ] = None,
+    overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write them to this HTML file.")

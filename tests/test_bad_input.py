@@ -116,6 +116,26 @@ def test_a_plan_needs_no_target_before_there_is_a_result(tmp_path, no_process):
     assert not (tmp_path / "not").exists(), "a plan creates nothing"
 
 
+def test_a_plan_refuses_what_a_run_would(tmp_path, no_process, monkeypatch):
+    """All but the upload target, which a run writes to."""
+    monkeypatch.delenv("DITTY_MACHINE_RANK", raising=False)
+    monkeypatch.delenv("SLURM_NODEID", raising=False)
+    quiz = str(tmp_path / "quiz.yaml")
+    for changes, message in (
+        ({"train__report_to": ["wandb"]}, r"train\.report_to: wandb needs"),
+        ({"evaluate": {"tasks": [quiz]}}, rf"evaluate\.tasks: cannot read {quiz}"),
+        ({"launch__num_machines": 2}, "DITTY_MACHINE_RANK"),
+        (
+            {"train__optimizer": "paged_adamw"},
+            r"train\.optimizer: paged_adamw needs a GPU, and this run is on cpu: use adamw",
+        ),
+        ({"launch__environment": ["NO_SUCH_TOKEN"]}, "NO_SUCH_TOKEN, which is not set"),
+    ):
+        for refusing in (make_plan, preflight.check):
+            with pytest.raises(SpecError, match=message):
+                refusing(make_spec(tmp_path, **changes), Store())
+
+
 TEXT = {"data__format": "text"}
 PAIRS = {"data__format": "prompt_completion"}
 
@@ -166,6 +186,11 @@ def test_a_few_bad_rows_are_kept_beside_the_good_ones(tmp_path, no_process):
 def test_unknown_source_and_model(tmp_path, no_process):
     with pytest.raises(DataError, match="rows.jsonl"):
         prepare(make_spec(tmp_path, data__source=str(tmp_path / "row.jsonl")))
+    with pytest.raises(DataError, match=r"data\.split: got 'tarin', which is for hub data sets"):
+        make_plan(make_spec(tmp_path, data__split="tarin"), Store())
+    with pytest.raises(DataError, match="rows.jsonl"):  # the hub is not asked first
+        both = {"data__source": str(tmp_path / "row.jsonl"), "model__base_model": "org/nope"}
+        make_plan(make_spec(tmp_path, **both), Store())
     with pytest.raises(ModelError, match="did you mean"):
         prepare(make_spec(tmp_path, model__base_model=str(tmp_path / "modle")))
 
@@ -289,6 +314,42 @@ def test_a_prefect_server_that_goes_away_is_no_traceback(monkeypatch, capsys):
     assert ended.value.code == 1 and "run the same command again" in capsys.readouterr().err
 
 
+def test_what_cannot_be_is_refused_before_prefect_or_torch(tmp_path, home, monkeypatch):
+    from typer.testing import CliRunner
+
+    from flows import cli
+
+    def refuse(*arguments: Any, **_: Any) -> None:
+        pytest.fail(f"started {arguments}")
+
+    monkeypatch.setattr(cli, "_call", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
+    RunDir.named("half", home).new_attempt("train")
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(make_spec(tmp_path).model_dump(mode="json")))
+    paged = ["--set", "train.optimizer=paged_lion"]
+    for command, message in (
+        (
+            ["export", "nope"],
+            f"there is no run nope in {home} (DITTY_HOME); runs there: half. Start one with "
+            "`ditty run SPEC`, or set DITTY_HOME to where it ran",
+        ),
+        (
+            ["chat", "half"],
+            "run half has no result yet: its training has not finished (`ditty status half`). Run "
+            "its spec again: it goes on where it was",
+        ),
+        *(
+            (
+                [name, str(path), *paged],
+                "train.optimizer: paged_lion needs a GPU, and this run is on cpu: use lion",
+            )
+            for name in ("run", "evaluate", "refresh")
+        ),
+    ):
+        assert str(CliRunner().invoke(cli.app, command).exception) == message
+
+
 def test_the_command_prints_errors_without_a_traceback(tmp_path):
     spec = make_spec(tmp_path)
     import yaml
@@ -297,7 +358,7 @@ def test_the_command_prints_errors_without_a_traceback(tmp_path):
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     home = tmp_path / "home"
     wrong = ditty("plan", str(path), "--set", "train.learning_rat=1", home=home)
-    assert wrong.returncode == 1 and "did you mean learning_rate?" in wrong.stderr
+    assert wrong.returncode == 1 and "did you mean train.learning_rate?" in wrong.stderr
     assert "Traceback" not in wrong.stderr + wrong.stdout
     good = ditty("plan", str(path), "--json", home=home)
     assert good.returncode == 0, good.stderr

@@ -102,6 +102,11 @@ def test_unknown_path_names_the_nearest(folder: Path, name: str) -> None:
         assert f"did you mean {folder.parent}/tiny" in str(caught.value)
 
 
+def test_what_the_root_holds_was_not_meant() -> None:
+    with pytest.raises(ModelError, match="there is no /tmpp: / has no tmpp$"):
+        identify("/tmpp")
+
+
 def test_unknown_relative_path_names_the_nearest(
     folder: Path, server: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

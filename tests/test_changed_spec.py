@@ -77,6 +77,8 @@ def changes(spec: RunSpec) -> Iterator[tuple[str, dict[str, Any]]]:
             changed = {**values, name: other(key, field.annotation, values[name])}
             if name in ("early_stopping_patience", "final_weights"):
                 changed["eval_steps"] = 5
+            if name == "engine":
+                changed["shards"] = 5
             yield key, changed
 
 

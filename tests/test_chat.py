@@ -15,7 +15,7 @@ from ditty import stages, talk
 from ditty.artifacts import Store
 from ditty.choices import Precision
 from ditty.errors import RunError
-from ditty.files import write_json
+from ditty.files import make_dir, write_json
 from ditty.model import load_base, prepare_model, save_trained, trainable
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -122,7 +122,10 @@ def test_mistakes(tmp_path, home, monkeypatch, capsys):
     shutil.rmtree(trained)
     assert "is not in" in say(monkeypatch, capsys, [])[1].err
     RunDir.named("mine", store.home).trained_file.unlink()
-    assert "has not finished a training" in say(monkeypatch, capsys, [])[1].err
+    assert (
+        "run mine has no result yet: its training has not finished (`ditty status mine`)"
+        in say(monkeypatch, capsys, [])[1].err
+    )
 
 
 def test_the_command_hands_over_to_a_process_with_torch(tmp_path, home, monkeypatch):
@@ -134,7 +137,8 @@ def test_the_command_hands_over_to_a_process_with_torch(tmp_path, home, monkeypa
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", run)
-    RunDir.named("mine", home).root.mkdir(parents=True)
+    make_dir(RunDir.named("mine", home).root)
+    write_json(RunDir.named("mine", home).trained_file, {"train": "key", "spec": {}})
     assert CliRunner().invoke(app, ["chat", "mine", "--max-tokens", "8"]).exit_code == 3
     assert calls == [[sys.executable, "-m", "ditty.talk", "mine", "8", "0.0"]]
 

@@ -80,5 +80,7 @@ def test_runs_that_are_not_there(home):
     with pytest.raises(RunError, match="there is no run too in .* runs there: one"):
         compare("one", "too", Store())
     RunDir.named("new", home).root.mkdir()
-    with pytest.raises(RunError, match="run new has no .*spec.json: it was never started"):
+    with pytest.raises(
+        RunError, match=r"run new was never started \(there is no .*spec.json\): run its spec"
+    ):
         compare("one", "new", Store())

@@ -129,8 +129,16 @@ def test_the_error_of_a_row_comes_back_from_another_process() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"engine": "dask"}, "engine_address: engine: dask needs an address: tcp://host:8786"),
-        ({"engine_address": "tcp://a:1"}, "engine_address: engine: threads takes none: remove it"),
+        ({"engine": "dask"}, "engine: dask needs data.engine_address: tcp://host:8786"),
+        ({"engine": "ray"}, "engine: ray needs data.engine_address: ray://host:10001"),
+        (
+            {"engine_address": "tcp://a:1"},
+            "engine: threads takes no data.engine_address: remove it",
+        ),
+        (
+            {"engine": "dask", "engine_address": "tcp://a:1"},
+            r"engine: dask makes shards, and data.shards is 1: set data.shards \(64, say\), or",
+        ),
     ],
 )
 def test_a_cluster_has_an_address_and_nothing_else_has(data: Any, message: str) -> None:
@@ -144,9 +152,10 @@ def test_an_engine_that_is_not_installed_is_refused_before_anything_starts(
 ) -> None:
     spec = spec_of(place, shards=2, engine="ray", engine_address="auto")
     for check in (preflight.check, make_plan):
-        with pytest.raises(SpecError, match=r"ray needs .*: pip install 'ditty\[ray\]'"):
+        with pytest.raises(
+            SpecError, match="ray needs .*: pip install 'prefect-ray>=0.6,<0.7' into /"
+        ):
             check(spec, Store(home))
-    preflight.check_engine(spec.data.model_copy(update={"shards": 1}))
 
 
 def test_the_plan_says_so_and_a_finished_run_takes_another_number(place: Path, home: Path) -> None:

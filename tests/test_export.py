@@ -131,7 +131,9 @@ def test_no_such_run(made: Path, home: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run yours .* runs there: mine"):
         export("yours", out=str(tmp_path / "out"))
     RunDir.named("begun", home).root.mkdir()
-    with pytest.raises(RunError, match="run begun has not finished a training"):
+    with pytest.raises(
+        RunError, match="run begun has no result yet: its training has not finished"
+    ):
         export("begun")
 
 

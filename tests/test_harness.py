@@ -197,15 +197,35 @@ def test_a_task_that_cannot_be_run_is_refused_before_the_training(
     with pytest.raises(SpecError, match="has no key `task`"):
         preflight.check_tasks(spec_with([str(quiz)]))
     monkeypatch.setattr(evaltasks, "PACKAGE", "no-such-harness")
-    with pytest.raises(SpecError, match=r"pip install 'ditty\[eval\]'"):
+    with pytest.raises(
+        SpecError, match="package lm_eval, .* pip install 'lm_eval>=0.4.13,<0.5' into /"
+    ):
         preflight.check_tasks(spec_with(["hellaswag"]))
+    monkeypatch.undo()
+    preflight.check_tasks(spec_with(["hellaswag", "mmlu", "ai2_arc", "mmlu_*"]))
+    message = r"lm-evaluation-harness [\d.]+ has no task 'hellaswagg'; did you mean hellaswag\?$"
+    with pytest.raises(SpecError, match=message):
+        preflight.check_tasks(spec_with(["hellaswagg"]))
     assert identify("hellaswag") == {"name": "hellaswag"}
 
 
+@pytest.mark.slow
+def test_each_name_that_the_harness_knows_is_taken() -> None:
+    from lm_eval.tasks import TaskManager
+
+    names = TaskManager().all_tasks
+    assert len(names) > 1000
+    evaltasks.check_names(names)  # one by one would take hours
+
+
 def test_what_no_task_measures_is_refused_in_the_spec() -> None:
-    with pytest.raises(ValueError, match="require names 'quiz/acc', which nothing measures"):
+    with pytest.raises(
+        ValueError, match="names quiz/acc, and evaluate.tasks is empty: add quiz to it"
+    ):
         spec_with([], **{"quiz/acc": "> 0"})
-    with pytest.raises(ValueError, match="require names 'acc'.* eval_loss, eval_perplexity, or"):
+    with pytest.raises(
+        ValueError, match="'acc' is measured by nothing; expected eval_loss, eval_perplexity, or"
+    ):
         spec_with(["quiz"], acc="> 0")
     with pytest.raises(ValueError, match="tasks_limit goes with tasks, and there are none"):
         EvaluateSpec(tasks_limit=5)

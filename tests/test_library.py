@@ -210,7 +210,7 @@ def test_pipeline_loss_is_that_of_transformers(tmp_path):
 
 
 def test_pipeline_mistakes(tmp_path):
-    with pytest.raises(SpecError, match="did you mean learning_rate"):
+    with pytest.raises(SpecError, match="did you mean train.learning_rate"):
         Mine("x", learningrate=1)
     with pytest.raises(SpecError, match="batch_size must be a number"):
         Mine("gpt2", batch_size="auto")

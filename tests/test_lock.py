@@ -14,6 +14,8 @@ from packaging.markers import Environment, default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from ditty.errors import EXTRAS
+
 ROOT = Path(__file__).parent.parent
 FILES = {p.name: p.read_text() for p in (ROOT / ".ci").glob("lock*.txt")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -113,3 +115,8 @@ def test_only_the_cuda_file_has_anything_of_cuda() -> None:
     names = {file: [pin.name for pin, _ in blocks(text)] for file, text in FILES.items()}
     assert names["lock-cpu.txt"] == ["torch"] and "torch" in names["lock-cuda.txt"]
     assert not [n for n in names["lock.txt"] if n.startswith(("nvidia", "cuda", "triton", "torch"))]
+
+
+def test_messages_name_what_the_extras_install() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {name: [package] for name, package in EXTRAS.items()} == {n: extras[n] for n in EXTRAS}

@@ -176,7 +176,10 @@ def test_an_unknown_run_or_stage_is_said(run: RunDir, home: Path) -> None:
         with Command(*words, DITTY_HOME=str(home)) as command:
             code, text = command.end()
         assert code == 1
-        assert text == f"error there is no run dmeo in {home}; runs there: demo\n"
+        assert " ".join(text.split()) == (
+            f"error there is no run dmeo in {home} (DITTY_HOME); did you mean demo? Start one with "
+            "`ditty run SPEC`, or set DITTY_HOME to where it ran"
+        )
     with Command("logs", "demo", "--stage", "../train", DITTY_HOME=str(home)) as command:
         code, text = command.end()
     assert code == 2 and "'fetch', 'prequantize', 'train', 'evaluate'" in text

@@ -1,17 +1,21 @@
 """The optimizers against the libraries' classes used by hand, the rates against a stepped one."""
 
 import copy
+import inspect
 import math
 
 import pytest
 import torch
 from torch import nn
 from transformers import get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from ditty.choices import Optimizer, Schedule
+from ditty.choices import SCHEDULE_OPTIONS, Optimizer, Schedule
 from ditty.errors import SpecError
 from ditty.optim import check_schedule, learning_rate, make_optimizer
 from ditty.spec import TrainSpec
+from ditty.specfile import parse_spec
+from tests.test_specs import MINIMAL
 
 PAGED = [o for o in Optimizer if o.startswith("paged_")]
 ON_CPU = [o for o in Optimizer if o not in PAGED]
@@ -266,6 +270,19 @@ def test_rates_are_those_of_before():
             assert learning_rate(step, 17, train) == pytest.approx(expected, rel=0, abs=1e-16)
 
 
+@pytest.mark.parametrize("schedule", Schedule)
+def test_the_options_are_those_of_transformers_function(schedule):
+    ours = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    name = "constant_with_warmup" if schedule is Schedule.CONSTANT else schedule.value
+    theirs = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
+    table = SCHEDULE_OPTIONS[schedule]
+    assert table.keys() == theirs.keys() - ours
+    for option, kind in table.items():
+        # Annotations are text there ("int | None"), and missing where a default says as much.
+        said = str(theirs[option].annotation)
+        assert kind is next((t for t in (str, int) if t.__name__ in said), float), option
+
+
 @pytest.mark.parametrize(
     "schedule, options, message",
     [
@@ -276,6 +293,19 @@ def test_rates_are_those_of_before():
         ("cosine_with_restarts", {"num_cycles": 1.5}, r"num_cycles: 1\.5.*\(a whole number\)"),
         ("cosine", {"num_cycles": math.inf}, r"num_cycles: inf"),
         ("warmup_stable_decay", {"decay_type": 3}, r"decay_type: 3.*decay_type \(a word\)"),
+    ],
+)
+def test_options_that_a_schedule_has_not_are_refused_by_the_spec(schedule, options, message):
+    train = {"schedule": schedule, "schedule_options": options}
+    with pytest.raises(
+        SpecError, match=rf"train\.schedule_options: .*{message}.*correct or remove"
+    ):
+        parse_spec(MINIMAL | {"train": train})
+
+
+@pytest.mark.parametrize(
+    "schedule, options, message",
+    [
         ("warmup_stable_decay", {"decay_type": "sharp"}, r"Unknown decay type: sharp"),
         ("polynomial", {"lr_end": 1.0}, r"lr_end \(1\.0\) must be smaller than initial lr"),
         ("cosine_with_min_lr", {"min_lr": 1e-5, "min_lr_rate": 0.1}, r"Only one of min_lr"),

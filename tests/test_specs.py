@@ -64,21 +64,27 @@ GOOD = "name: x\ndata: {source: rows.jsonl}\nmodel: {base_model: org/name}\n"
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("train.learnin_rate=1", "unknown key train.learnin_rate: did you mean learning_rate?"),
-        ("train.lr=1", "unknown key train.lr: did you mean learning_rate?"),
+        (
+            "train.learnin_rate=1",
+            "unknown key train.learnin_rate: did you mean train.learning_rate?",
+        ),
+        ("train.lr=1", "unknown key train.lr: did you mean train.learning_rate?"),
         ("trian.max_steps=1", "unknown key trian: did you mean train?"),
         (
             "train.schedule=cosin",
             "(did you mean cosine?)",
         ),
-        ("train.max_steps=0", "train.max_steps: Input should be greater than or equal to 1, got 0"),
+        ("train.max_steps=0", "train.max_steps: got 0, expected a whole number from 1"),
         ("train.seed=abc", "train.seed"),
         ("name=Bad/Name", "'Bad/Name' is no run name"),
         ("name=../x", "is no run name"),
         ("upload.url=ftp://x", "expected s3://bucket/prefix or file:///folder"),
         ("upload.url=s3://key:secret@bucket", "is no target"),
         ("model.adapter=none", None),
-        ("data.loss_on=completion", "does not go with format: messages; expected assistant or all"),
+        (
+            "data.loss_on=completion",
+            "data.loss_on: completion does not go with format: messages; expected assistant or all",
+        ),
         ("data.packing=next", "(did you mean next_fit?)"),
         ("data.packing=none", None),
         ("data.columns={promt: x}", "columns maps ['promt']"),
@@ -95,6 +101,91 @@ def test_mistakes_name_the_key_and_the_nearest_valid_one(tmp_path, override, mes
     with pytest.raises(SpecError) as error:
         load_spec(path, [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"train": {"on_non_finite": "warn"}},
+            "train.on_non_finite: got 'warn', expected 'skip' or 'stop'",
+        ),
+        (
+            {"train": {"micro_batch_size": "foo"}},
+            "train.micro_batch_size: got 'foo', expected a whole number from 1, or auto",
+        ),
+        (
+            {"train": {"report_to": "mlflow"}},
+            "train.report_to: got 'mlflow', expected a list: [mlflow]",
+        ),
+        (
+            {"model": {"base_model": "a/b", "lora_dropout": 1.5}},
+            "model.lora_dropout: got 1.5, expected a number from 0 below 1",
+        ),
+        (
+            {"evaluate": {"require": "nonsense"}},
+            "evaluate.require: got 'nonsense', expected measure: condition, e.g. "
+            '{eval_loss: "< base"}',
+        ),
+        (
+            {"evaluate": {"require": {"eval_loss": 2}}},
+            'evaluate.require.eval_loss: got 2, expected a condition in quotes, e.g. "<= 2"',
+        ),
+        (
+            {"evaluate": {"require": {"evalloss": "< 2"}}},
+            "evaluate.require: 'evalloss' is measured by nothing; did you mean eval_loss?",
+        ),
+        (
+            {"evaluate": {"require": {"quiz/acc": "> 0"}}},
+            "evaluate.require: names quiz/acc, and evaluate.tasks is empty: add quiz to it",
+        ),
+        (
+            {"data": {"sources": ["rows.jsonl"]}},
+            "data.sources.0: got 'rows.jsonl', expected {source: rows.jsonl}",
+        ),
+        (
+            {"data": {"source": "a", "operations": ["filter"]}},
+            "data.operations.0: got 'filter', expected {method: filter, function: ...}",
+        ),
+        (
+            {"data": {"source": "a", "operations": {"method": "filter"}}},
+            "data.operations: got a mapping, expected a list of them: [{method: filter, ...}]",
+        ),
+        (
+            {"data": {"source": "a", "columns": {3: "q"}}},
+            "data.columns.3: got 3, expected text",
+        ),
+        (
+            {"data": {"source": "a", "engine": "ray"}},
+            "data.engine: ray needs data.engine_address: ray://host:10001",
+        ),
+        ({"model": "tiny"}, "model: got 'tiny', expected a section: {base_model: tiny}"),
+        (
+            {"upload": {"url": "gs://x"}},
+            "upload.url: 'gs://x' is no target; expected s3://bucket/prefix or file:///folder",
+        ),
+        (
+            {"train": {"foo": 1}},
+            "unknown key train.foo: the 39 keys of train are documented in ditty/spec.py",
+        ),
+        ({"upload": {"foo": 1}}, "unknown key upload.foo: expected one of url, checkpoints"),
+    ],
+)
+def test_a_mistake_is_told_whole(changes, message):
+    with pytest.raises(SpecError) as error:
+        parse_spec(MINIMAL | changes)
+    assert str(error.value) == f"spec: {message}"
+
+
+def test_what_is_missing_is_told_with_its_first_keys(tmp_path):
+    with pytest.raises(SpecError) as error:
+        parse_spec({"name": "x"})
+    sections = ["data: {source: ...}", "model: {base_model: ...}"]
+    assert str(error.value).splitlines() == [f"spec: missing section {s}" for s in sections]
+    with pytest.raises(SpecError) as error:
+        load_spec(write(tmp_path, ""))
+    expected = "is empty; expected at least data.source and model.base_model"
+    assert str(error.value) == f"{tmp_path}/spec.yaml {expected}"
 
 
 def test_quantized_base_cannot_be_trained_itself(tmp_path):

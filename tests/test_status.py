@@ -113,7 +113,9 @@ def test_runs_come_and_go_while_all_are_watched(run: RunDir, home: Path) -> None
     (home / "runs" / "another").rmdir()
     append_record(run.metrics_file, train_record(2))
     assert [(s.name, s.step) for s in runs.read()] == [("demo", 2)]
-    with pytest.raises(RunError, match="there is no run another in .*; runs there: demo$"):
+    with pytest.raises(
+        RunError, match=r"there is no run another in .*; runs there: demo\. Start one with"
+    ):
         Runs(Store(home), "another")
 
 

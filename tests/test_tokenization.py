@@ -395,7 +395,10 @@ def test_a_row_of_10_mb_is_as_any_other(tmp_path, chatml, figure):
         ({"format": "text"}, "needs a column 'text', the data has txt, prompt: did you mean txt"),
         ({"format": "prompt_completion"}, "needs a column 'completion'"),
         ({}, r"needs a column 'messages'.*Set data.columns: \{messages: <its name>\}"),
-        ({"format": "text", "columns": {"text": "body"}}, "needs a column 'body'"),
+        (
+            {"format": "text", "columns": {"text": "body"}},
+            "data.columns maps text to 'body', and the rows have txt, prompt: name one of these$",
+        ),
     ],
 )
 def test_a_missing_column_is_named(tmp_path, chatml, spec, message):
