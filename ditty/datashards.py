@@ -194,7 +194,8 @@ def _clear(made: StageRef, store: Store) -> None:
     Whoever was killed left shards, and may have come back with another spec, or never.
     """
     for shard in store.path("shard", "").glob("[!.]*"):
-        with suppress(FileNotFoundError):  # another one removes it
+        # Another one removes it, or it is no shard: no reason to fail a stage that is there.
+        with suppress(OSError, ValueError, KeyError):
             facts = json.loads((shard / MANIFEST).read_bytes())["facts"]
             age = time.time() - (shard / MANIFEST).stat().st_mtime
             key = facts["inputs"][made.stage]
@@ -202,8 +203,10 @@ def _clear(made: StageRef, store: Store) -> None:
             if key == made.key:  # whose lock the caller holds
                 _remove(shard)
             elif age > LEFT_SECONDS and lock.acquire(timeout=0):  # else somebody goes on with it
-                _remove(shard)
-                lock.release()
+                try:
+                    _remove(shard)
+                finally:
+                    lock.release()
 
 
 def _remove(shard: Path) -> None:

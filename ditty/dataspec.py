@@ -294,11 +294,6 @@ class DataSpec(Section):
             raise ValueError(f"engine: {self.engine} needs data.engine_address: {example}")
         if not example and self.engine_address is not None:
             raise ValueError(f"engine: {self.engine} takes no data.engine_address: remove it")
-        if self.engine is not Engine.THREADS and self.shards == 1:
-            raise ValueError(
-                f"engine: {self.engine} makes shards, and data.shards is 1: set data.shards (64, "
-                "say), or remove engine and engine_address"
-            )
         return self
 
     @property

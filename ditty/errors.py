@@ -32,7 +32,12 @@ LESS_MEMORY = (
 # Variables whose values are not to be told.
 CREDENTIALS = (
     *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN"),
-    *("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    *(
+        "HUGGING_FACE_HUB_TOKEN",
+        "WANDB_API_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MLFLOW_TRACKING_TOKEN",
+    ),
 )
 
 
@@ -154,10 +159,13 @@ def cut(text: str, longest: int) -> str:
 
 
 def scrub(text: str) -> str:
-    """`text` without URL passwords and without the values of credential variables."""
-    text = re.sub(r"//[^/\s@]+@", "//***@", text)
+    """`text` without URL passwords and without the values of credential variables.
+
+    Values of less than 16 characters are told: they may be part of any word.
+    """
+    text = re.sub(r"//[^/\s]+@", "//***@", text)  # up to the last @: a password may have one
     for name in CREDENTIALS:
         value = os.environ.get(name, "")
-        if len(value) >= 16:  # shorter ones are a test's, and may be part of any word
+        if len(value) >= 16:
             text = text.replace(value, "***")
     return text

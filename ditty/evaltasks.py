@@ -5,8 +5,10 @@ files, which are looked for beside it, functions in Python files beside it, and 
 """
 
 import difflib
+import glob
 import os
 import re
+import sysconfig
 from collections.abc import Collection, Iterator
 from importlib import metadata, util
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import fsspec
 import yaml
 
-from ditty.errors import SpecError, install
+from ditty.errors import SpecError, cut, install
 from ditty.files import sha256_file
 
 PACKAGE = "lm_eval"
@@ -99,8 +101,15 @@ def identify(task: str) -> dict[str, Any]:
             "lm-evaluation-harness"
         )
     files |= set(_data(content, path))
-    named = {os.path.relpath(file, path.parent): file for file in files}
-    return {"name": content["task"], "files": {n: sha256_file(named[n]) for n in sorted(named)}}
+    named = sorted([_called(file, path.parent), sha256_file(file)] for file in files)
+    return {"name": content["task"], "files": named}
+
+
+def _called(file: Path, folder: Path) -> str:
+    """Its name in a key: wherever things lie on this machine, a module is called alike."""
+    places = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
+    installed = any(file.is_relative_to(place) for place in places)
+    return file.name if installed else os.path.relpath(file, folder)
 
 
 def _read(path: Path, files: set[Path]) -> dict[str, Any]:
@@ -143,12 +152,12 @@ def _module(function: str, path: Path) -> Path:
         return beside
     try:
         found = util.find_spec(module)
-    except (ImportError, ValueError):  # a part of it is not there, or it is no module's name
+    except Exception:  # a part of it is not there, or is imported and fails
         found = None
-    if found is None or found.origin is None:
+    if found is None or found.origin is None or not Path(found.origin).is_file():
         raise SpecError(
             f"evaluate.tasks: {path} names the function {function}, and there is neither {beside} "
-            f"nor an installed module {module!r}"
+            f"nor a file of an installed module {module!r}"
         )
     return Path(found.origin)
 
@@ -156,6 +165,11 @@ def _module(function: str, path: Path) -> Path:
 def _data(content: dict[str, Any], path: Path) -> Iterator[Path]:
     """The files here that a task's rows come from, where `datasets` would find them."""
     options = content.get("dataset_kwargs") or {}
+    if not isinstance(options, dict) or not isinstance(options.get("data_dir") or "", str):
+        raise SpecError(
+            f"evaluate.tasks: {path}: dataset_kwargs is a mapping whose data_dir is text; got "
+            f"{cut(repr(options), 200)}"
+        )
     source = str(content.get("dataset_path") or "")
     place = path.parent / source
     if source and place.exists():
@@ -187,7 +201,8 @@ def _matches(place: Path, pattern: str) -> list[Path]:
     """The files of a name or pattern; fsspec's patterns, which are those of `datasets`."""
     if (place / pattern).is_file():
         return [place / pattern]
-    found = fsspec.filesystem("file").glob(f"{place.absolute()}/{pattern}")
+    # The folder's own name is no pattern; an absolute pattern takes its place.
+    found = fsspec.filesystem("file").glob(str(Path(glob.escape(str(place.absolute()))) / pattern))
     return [Path(name) for name in found if Path(name).is_file()]
 
 

@@ -23,42 +23,45 @@ CLUSTERS = {Engine.DASK: "prefect_dask", Engine.RAY: "prefect_ray"}
 """The modules of the extras of these names."""
 
 
-def check(spec: RunSpec, store: Store) -> stages.StageLine:
+def check(spec: RunSpec, store: Store, *, trains: bool = True) -> stages.StageLine:
     """Look at everything that a run needs and that costs nothing to look at.
 
     Checks what `check_inputs` does, and that the upload target, and the place where stores are
     shared, take and give back a small object.
 
+    Args:
+        trains: whether a training may begin; else what that alone needs may be missing here.
     Returns:
         The stages, resolved.
     Raises:
         DittyError: the first thing that is wrong.
     """
-    line = check_inputs(spec, store)
+    line = check_inputs(spec, store, trains=trains)
     check_places(spec.upload.url)
     return line
 
 
-def check_inputs(spec: RunSpec, store: Store) -> stages.StageLine:
+def check_inputs(spec: RunSpec, store: Store, *, trains: bool = True) -> stages.StageLine:
     """`check` without the places that it writes to.
 
     Checks what `check_machine` does, and that sources, functions and the base model exist and fit
     the spec, and the run directory is not another spec's.
     """
-    check_machine(spec, store)
+    check_machine(spec, store, trains=trains)
     line = stages.resolve(spec, store)
     check_model(spec, line)
     check_run(spec, store)
     return line
 
 
-def check_machine(spec: RunSpec, store: Store) -> None:
+def check_machine(spec: RunSpec, store: Store, *, trains: bool = True) -> None:
     """What needs neither data nor a model: the store can be written, the launch fits this machine,
     and the packages and tasks that the spec names are there."""
     check_store(store)
     child_environment(spec.launch)
-    check_optimizer(spec)
-    check_trackers(spec.train.report_to, spec.launch.environment)
+    if trains:
+        check_optimizer(spec)
+        check_trackers(spec.train.report_to, spec.launch.environment)
     check_engine(spec.data)
     check_tasks(spec)
 
@@ -74,6 +77,8 @@ def check_places(upload_url: str | None = None) -> None:
 def check_tasks(spec: RunSpec) -> None:
     """Raise SpecError unless each of `evaluate.tasks` can be run, and measures what is required."""
     if not spec.evaluate.tasks:
+        if spec.evaluate.tasks_limit is not None:
+            raise SpecError("evaluate.tasks_limit goes with tasks, and there are none: remove it")
         return
     evaltasks.version()
     evaltasks.check_names(spec.evaluate.tasks)
@@ -99,7 +104,12 @@ def check_optimizer(spec: RunSpec) -> None:
 
 
 def check_engine(data: DataSpec) -> None:
-    """Raise SpecError unless the package of `data.engine` is installed."""
+    """Raise SpecError unless `data.engine` has shards to make, and its package is installed."""
+    if data.engine is not Engine.THREADS and data.shards == 1:
+        raise SpecError(
+            f"data.engine: {data.engine} makes shards, and data.shards is 1: set data.shards (64, "
+            "say), or remove engine and engine_address"
+        )
     package = CLUSTERS.get(data.engine)
     if package and importlib.util.find_spec(package) is None:
         raise SpecError(

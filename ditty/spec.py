@@ -307,12 +307,6 @@ class EvaluateSpec(Section):
             gates.check_measure(measure, has_tasks=bool(info.data.get("tasks", True)))
         return require
 
-    @model_validator(mode="after")
-    def _has_tasks(self) -> "EvaluateSpec":
-        if self.tasks_limit is not None and not self.tasks:
-            raise ValueError("tasks_limit goes with tasks, and there are none: remove it")
-        return self
-
 
 class RunSpec(Section):
     """A run: its name, its data, its model, and how it is trained, launched and uploaded."""

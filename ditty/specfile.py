@@ -239,11 +239,14 @@ def _wanted(key: str, location: Sequence[Any], got: Any) -> str:
         elif kind in ("integer", "number"):
             words.append(_number_words(schema))
         elif kind == "array":
-            words.append(_list_words(got))
+            words.append(_list_words(schema["items"], got))
         elif kind == "object":
             words.append(_section_words(schema, location, got))
         elif kind != "null":
-            words.append({"string": "text", "boolean": "true or false"}[kind])
+            # "" takes any value, so only the key can be wrong: YAML reads `on` as true.
+            words.append(
+                {"string": "text", "boolean": "true or false", "": "text as its key"}[kind]
+            )
     return ", or ".join(words)
 
 
@@ -263,7 +266,9 @@ def _number_words(schema: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def _list_words(got: Any) -> str:
+def _list_words(items: dict[str, Any], got: Any) -> str:
+    if isinstance(got, dict) and items.get("type") == "string":
+        return f"a list of names: [{', '.join(map(str, got))}]"  # values may be secrets
     if isinstance(got, dict):
         first = next(iter(got.items()), None)
         return f"a list of them: [{{{first[0]}: {first[1]}, ...}}]" if first else "a list of them"
@@ -306,7 +311,8 @@ def _schema_at(location: Sequence[Any]) -> dict[str, Any]:
         else:
             (within,) = [m for m in members if m.get("type") == "object"]
             properties = within.get("properties")
-            schema = properties[part] if properties else within["additionalProperties"]
+            values = within.get("additionalProperties")
+            schema = properties[part] if properties else values if isinstance(values, dict) else {}
     members = _members(schema)
     return members[0] if len(members) == 1 else schema
 

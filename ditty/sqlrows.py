@@ -87,6 +87,10 @@ def _fetch(part: SourceSpec, scratch: Path) -> Path:
     return scratch / FETCHED
 
 
+# Names in a URL's query whose values are not to be told.
+SECRET = re.compile(r"(?i)pass|pwd|token|secret|key|odbc_connect")
+
+
 def _secrets(url: str) -> list[str]:
     """What is not to be told of a database's URL, as it may stand in a message; longest first.
 
@@ -96,14 +100,18 @@ def _secrets(url: str) -> list[str]:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
-    found = {url, *re.findall("://[^:/@]*:([^@]*)@", url)}
+    # As it stands, up to the last @: drivers name what follows the first one as the host.
+    password = url.partition("://")[2].rpartition("@")[0].partition(":")[2]
+    found = {url, password, *(part for part in password.split("@") if len(part) > 3)}
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):  # the query fails of it
         return sorted(found - {""}, key=len, reverse=True)
     values = [str(parsed.password or "")]
-    for value in (one for several in parsed.normalized_query.values() for one in several):
-        values += [value, *re.findall(r"(?i)\b(?:pwd|password)=([^;]+)", value)]
+    for name, several in parsed.normalized_query.items():
+        if SECRET.search(name):
+            values += several
+        values += [x for one in several for x in re.findall(r"(?i)\b(?:pwd|password)=([^;]+)", one)]
     for value in values:
         found |= {value, quote(value), quote(value, safe=""), quote_plus(value)}
     return sorted(found - {""}, key=len, reverse=True)

@@ -76,7 +76,9 @@ def load(run: str, store: Store) -> tuple[list[Speaker], RunSpec, Path]:
             "have changed since. Put the earlier ones back, or run the spec with another name"
         )
     # It may have been trained on GPUs that are not here, in several processes.
-    alone = {"num_processes": 1, "num_machines": 1, "machine_rank": None, "device": Device.AUTO}
+    alone: dict[str, Any] = {"num_processes": 1, "num_machines": 1, "machine_rank": None}
+    if spec.launch.device is Device.CUDA:
+        alone["device"] = Device.AUTO
     device = resolve_device(spec.launch.model_copy(update=alone))
     folder = base_folder(base, spec, store)
     if stages.prequantizes(spec):

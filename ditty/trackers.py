@@ -84,7 +84,8 @@ class Reports:
         self._each(losses)
 
     def finish(self) -> None:
-        """Nothing more comes."""
+        """Nothing more comes: those that were given up hear of it too."""
+        self._failures.clear()
         self._each(lambda tracker: tracker.finish())
 
     def _each(self, tell: Callable[[Any], object]) -> None:
@@ -126,7 +127,7 @@ def reporting(spec: RunSpec, place: Place) -> Iterator[Reports]:
                     f"{scrub(str(error))}. "
                     "Correct its settings (launch.environment names the variables that it gets), "
                     "or remove it"
-                ) from error
+                ) from None  # its own words may have a password in them
         yield reports
     finally:
         reports.finish()

@@ -31,7 +31,7 @@ def evaluate(spec: RunSpec) -> dict[str, Any]:
 
 def _evaluate(call: Caller) -> dict[str, Any]:
     spec, store = call.spec, call.store
-    prepared = prepare(call, preflight.check(spec, store))
+    prepared = prepare(call, preflight.check(spec, store, trains=False))
     _find_result(spec, store, prepared)
     return {"run": spec.name, **evaluated(call, prepared.line, prepared.work)}
 

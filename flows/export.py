@@ -73,7 +73,8 @@ def export(
     Raises:
         RunError: there is no such run, it has no result, or its base model is another by now.
         SpecError: a dtype for an adapter.
-        GateFailed: the result failed `evaluate.require`, and `out` is no folder here.
+        GateFailed: the result failed `evaluate.require`, and others would see it: `out` is no
+            folder here, or a whole model would go to DITTY_STORE_URL.
         RemoteError: another content is there already, or the place cannot be reached.
         DittyError: what else stopped it.
     """

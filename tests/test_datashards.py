@@ -135,15 +135,20 @@ def test_the_error_of_a_row_comes_back_from_another_process() -> None:
             {"engine_address": "tcp://a:1"},
             "engine: threads takes no data.engine_address: remove it",
         ),
-        (
-            {"engine": "dask", "engine_address": "tcp://a:1"},
-            r"engine: dask makes shards, and data.shards is 1: set data.shards \(64, say\), or",
-        ),
     ],
 )
 def test_a_cluster_has_an_address_and_nothing_else_has(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataSpec(source="rows.jsonl", **data)
+
+
+def test_an_engine_without_shards_is_refused_before_anything_starts() -> None:
+    """Not by the spec: earlier ones, which are read again, may say so."""
+    message = r"engine: dask makes shards, and data.shards is 1: set data.shards \(64, say\), or"
+    with pytest.raises(SpecError, match=message):
+        preflight.check_engine(
+            DataSpec(source="rows.jsonl", engine="dask", engine_address="tcp://a:1")
+        )
 
 
 @pytest.mark.skipif(find_spec("prefect_ray") is not None, reason="Ray is installed here")

@@ -168,7 +168,10 @@ def test_a_file_that_decides_the_questions_is_known_through_each_include(
     [
         ("{task: x, include: none.yaml}", "cannot read .*none.yaml"),
         ("{task: x, include: ./x.yaml}", "includes .*x.yaml, which was read before"),
-        ("{task: x, process_docs: !function none.f}", "neither .*none.py nor an installed module"),
+        (
+            "{task: x, process_docs: !function none.f}",
+            "neither .*none.py nor a file of an installed module",
+        ),
         (
             "{task: x, dataset_path: json, dataset_kwargs: {data_files: '*.jsonl'}}",
             r"names data files \*.jsonl: none in",
@@ -227,5 +230,7 @@ def test_what_no_task_measures_is_refused_in_the_spec() -> None:
         ValueError, match="'acc' is measured by nothing; expected eval_loss, eval_perplexity, or"
     ):
         spec_with(["quiz"], acc="> 0")
-    with pytest.raises(ValueError, match="tasks_limit goes with tasks, and there are none"):
-        EvaluateSpec(tasks_limit=5)
+    spec = spec_with([])
+    limited = spec.model_copy(update={"evaluate": EvaluateSpec(tasks_limit=5)})
+    with pytest.raises(SpecError, match="tasks_limit goes with tasks, and there are none"):
+        preflight.check_tasks(limited)

@@ -159,6 +159,14 @@ def test_mistakes_name_the_key_and_the_nearest_valid_one(tmp_path, override, mes
             {"data": {"source": "a", "engine": "ray"}},
             "data.engine: ray needs data.engine_address: ray://host:10001",
         ),
+        (
+            {"launch": {"environment": {"WANDB_API_KEY": "canary"}}},
+            "launch.environment: got a mapping, expected a list of names: [WANDB_API_KEY]",
+        ),
+        (
+            {"data": {"source": "a", "operations": [{"method": "sort", "kwargs": {True: 1}}]}},
+            "data.operations.0.kwargs.1: got True, expected text as its key",
+        ),
         ({"model": "tiny"}, "model: got 'tiny', expected a section: {base_model: tiny}"),
         (
             {"upload": {"url": "gs://x"}},

@@ -101,6 +101,7 @@ def test_what_cannot_be_asked_is_told_without_the_password(
         ("no://me:canary[2@host/db", "canary[2, canary%5B2"),
         ("no://me:canary%5b2@host/db", "canary[2, canary%5B2, canary%5b2"),
         ("no://me:canary[2@host:port/db", "canary[2"),
+        ("no://me:ca@canary[2@host/db", "no host canary[2@host"),
     ],
 )
 def test_no_form_of_a_password_is_told_whatever_the_driver_says(
