@@ -152,7 +152,7 @@ def test_a_mended_spec_takes_the_place_of_one_that_never_trained(
     wrong = spec.model_copy(
         update={"data": spec.data.model_copy(update={"columns": {"messages": "m"}})}
     )
-    with pytest.raises(DataError, match="needs a column 'm'"):
+    with pytest.raises(DataError, match="data.columns maps messages to 'm'"):
         finetune(wrong)
     assert json.loads(run.spec_file.read_text())["data"]["columns"] == {"messages": "m"}
     trains = []

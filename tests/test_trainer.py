@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from ditty.batches import collate
 from ditty.choices import Precision
-from ditty.errors import ArtifactDamaged, RunError, RunMismatch, SpecError
+from ditty.errors import ArtifactDamaged, RunError, RunMismatch
 from ditty.evaluate import held_out_loss
 from ditty.feed import LoaderFeed, PackedFeed
 from ditty.loss import token_loss_sum
@@ -280,11 +280,6 @@ def test_no_checkpoint_verifies_is_an_error_and_no_fresh_start(folder, tmp_path)
         (run.checkpoint(step) / "state.json").unlink()
     with pytest.raises(ArtifactDamaged, match="none of the checkpoints"):
         run_trainer(folder, tmp_path, settings(max_steps=4, save_steps=2))
-
-
-def test_an_option_that_the_schedule_has_not_is_refused_before_a_step(folder, tmp_path):
-    with pytest.raises(SpecError, match="num_cycle"):
-        run_trainer(folder, tmp_path, settings(schedule_options={"num_cycle": 2}))
 
 
 @pytest.mark.fault("changed spec")
