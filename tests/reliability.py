@@ -2,7 +2,7 @@
 
     python -m tests.reliability                  run the tests of all rows, then print the table
     python -m tests.reliability FIGURES          print it from what runs of pytest have left
-    pytest --figures FIGURES ...                 leave the figures of these tests in a file
+    pytest --figures=FIGURES ...                 leave the figures of these tests in a file
 
 A test of a row has the mark `fault("row")`, and says its figure to the fixture `figure`. A row that
 no test gave a figure is said to have none, and the exit code is 1.
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(arguments[0]) if arguments else Path(scratch) / "figures.jsonl"
         if not arguments:
-            options = ["-o", "addopts=", "-m", "fault and not gpu", "--figures", str(path)]
+            options = ["-o", "addopts=", "-m", "fault and not gpu", f"--figures={path}"]
             subprocess.run([sys.executable, "-m", "pytest", "-q", *options], cwd=ROOT)
         lines = path.read_text().splitlines() if path.exists() else []
     text = table([json.loads(line) for line in lines])
