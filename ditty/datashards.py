@@ -25,8 +25,7 @@ from ditty.errors import StoreError
 from ditty.files import STAGING, locked, remove_tree, rename
 from ditty.quarantine import FILE
 from ditty.sources import DATA
-from ditty.spec import RunSpec
-from ditty.stages import StageLine, StageRef
+from ditty.stages import StageRef
 from ditty.tokenization import EVAL, PLACES, TRAIN
 
 if TYPE_CHECKING:
@@ -72,25 +71,11 @@ def is_sharded(ref: StageRef, data: DataSpec) -> bool:
     return ref.stage == "tokenize" and data.shards > 1
 
 
-def build_data(
-    ref: StageRef, line: StageLine, spec: RunSpec, store: Store, run: Run = in_turn
-) -> Manifest:
-    """`stages.build_data`, in shards where the spec says so; the caller holds the stage's lock."""
-    if not is_sharded(ref, spec.data):
-        return stages.build_data(ref, line, spec, store)
-    before = line.data()[line.data().index(ref) - 1]
-    assert line.model_dir is not None, "the base model is fetched before rows are tokenized"
-    source = store.path(before.stage, before.key)
-    work = ShardWork(spec.data, line.model_dir, source, store)
-    shards = divide(ref, read_manifest(source).facts["rows"], spec.data.shards)
-
-    def make(out: Path) -> dict[str, Any]:
-        run(shards, work)
-        return merge(spec.data, [store.path(shard.stage, shard.key) for shard in shards], out)
-
-    manifest = store.build(ref.stage, ref.key, {"stage": ref.stage, "inputs": ref.inputs}, make)
-    _clear(ref, store)
-    return manifest
+def make(ref: StageRef, work: ShardWork, run: Run, out: Path) -> dict[str, Any]:
+    """Make a stage in shards: its files in `out`, and its facts."""
+    shards = divide(ref, read_manifest(work.source).facts["rows"], work.data.shards)
+    run(shards, work)
+    return merge(work.data, [work.store.path(shard.stage, shard.key) for shard in shards], out)
 
 
 def divide(ref: StageRef, rows: int, count: int) -> list[StageRef]:
@@ -188,7 +173,7 @@ def _count(path: Path) -> dict[str, int]:
     return {"eval_tokens": tokens, "eval_supervised_tokens": supervised}
 
 
-def _clear(made: StageRef, store: Store) -> None:
+def clear(made: StageRef, store: Store) -> None:
     """Remove the shards of a stage that is there, and those that were left for too long.
 
     Whoever was killed left shards, and may have come back with another spec, or never.

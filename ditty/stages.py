@@ -6,16 +6,15 @@ keys of its inputs. Raise a stage's version when its code starts to give other b
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ditty import basemodel, evaltasks, functions, quarantine, sources
-from ditty.artifacts import Manifest, Store, read_manifest
+from ditty import basemodel, evaltasks, functions, sources
+from ditty.artifacts import Store
 from ditty.choices import OnAnomaly, OperationMethod, Precision, Quantization
 from ditty.dataspec import DataSpec, Operation
-from ditty.errors import DataError, cut
+from ditty.errors import cut
 from ditty.files import canonical_json, sha256_bytes
 from ditty.spec import RunSpec
 
@@ -350,55 +349,3 @@ def _idle_guards(spec: RunSpec) -> set[str]:
     if spec.train.on_non_finite is not OnAnomaly.SKIP:
         idle.add("on_non_finite")
     return idle
-
-
-def build_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Manifest:
-    """Make a data stage's artifact, or find it; the stage before it must be there.
-
-    The caller holds the stage's lock.
-    """
-    facts: dict[str, Any] = {"stage": ref.stage, "inputs": ref.inputs}
-    if ref.operation:
-        if ref.operation.function:
-            facts["function"] = ref.operation.function
-    elif ref.stage == "load":
-        facts["source"] = ", ".join(part.source for part in spec.data.parts)
-    stages = line.data()
-    index = stages.index(ref)
-    source = store.path(stages[index - 1].stage, stages[index - 1].key) if index else None
-    make = partial(_run_data_stage, ref, spec, line.model_dir, source)
-    return store.build(ref.stage, ref.key, facts, make)
-
-
-def check_bad_rows(line: StageLine, spec: RunSpec, store: Store) -> None:
-    """The threshold is in no key: an artifact may be from when it was higher.
-
-    Raises:
-        DataError: a data stage that is made has more bad rows than `data.max_bad_fraction` allows.
-    """
-    for ref in line.data():
-        path = store.path(ref.stage, ref.key)
-        facts = read_manifest(path).facts
-        bad = sum(facts.get("quarantined", {}).values())
-        read = facts.get("read", facts["rows"])
-        if bad > spec.data.max_bad_fraction * read:
-            raise DataError(
-                f"{ref.title}: {bad:,} of {read:,} rows ({bad / read:.2%}) could not be used, "
-                f"data.max_bad_fraction allows {spec.data.max_bad_fraction:.2%}: see "
-                f"{path / quarantine.FILE}. Mend or drop these rows, or raise it"
-            )
-
-
-def _run_data_stage(
-    ref: StageRef, spec: RunSpec, model_dir: Path | None, source: Path | None, out: Path
-) -> dict[str, Any]:
-    from ditty import operations, packing, tokenization
-
-    if source is None:
-        return sources.load(spec.data, out, ref.inputs["source"])
-    if ref.operation is not None:
-        return operations.apply(ref.operation, source, out, spec.data.num_proc)
-    if ref.stage == "tokenize":
-        assert model_dir is not None, "the base model is fetched before rows are tokenized"
-        return tokenization.tokenize(spec.data, model_dir, source, out)
-    return packing.pack_tables(spec.data, source, out)

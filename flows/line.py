@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ditty import preflight, stages
+from ditty import datastages, preflight, stages
 from ditty.artifacts import Store
 from ditty.files import GLANCE_SECONDS, FileLock, locked, make_dir, write_json
 from ditty.rundir import RunDir
@@ -110,7 +110,7 @@ def prepare(call: Caller, line: StageLine) -> Prepared:
     line = fetched(call, line)
     preflight.check_model(spec, line)
     done = [call.cached(tasks.make_data, ref, line, spec, store) for ref in line.data()]
-    stages.check_bad_rows(line, spec, store)
+    datastages.check_bad_rows(line, spec, store)
     publish_data(line, spec.name, store)
     model_dir, quantized = base_model(call, line)
     pack = line.need("pack")

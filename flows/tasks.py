@@ -9,7 +9,7 @@ from prefect import State, Task, task
 from prefect.blocks.system import Secret
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, datashards, hubpush, launch, share
+from ditty import basemodel, datastages, hubpush, launch, share
 from ditty import package as packages
 from ditty.artifacts import MANIFEST, Manifest, Store, read_manifest
 from ditty.files import read_json, write_json
@@ -36,7 +36,7 @@ def fetch_hub(ref: StageRef, base: basemodel.BaseModelRef, store: Store) -> None
 @task(name="data", task_run_name="{ref.title}")
 def make_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Reference:
     """A data stage, in this process but for its shards."""
-    make = partial(datashards.build_data, ref, line, spec, store, run_shards)
+    make = partial(datastages.build_data, ref, line, spec, store, run_shards)
     return reference(ref, share.made(ref, store, make))
 
 

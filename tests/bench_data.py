@@ -75,7 +75,7 @@ def job_raw(args):
 def job_ours(args):
     import transformers  # noqa: F401  (its import is not what is measured)
 
-    from ditty import stages
+    from ditty import datastages, stages
     from ditty.artifacts import Store
     from ditty.spec import RunSpec
 
@@ -99,7 +99,7 @@ def job_ours(args):
     found = {}
     for ref in line.data():
         begun = time.perf_counter()
-        facts = stages.build_data(ref, line, spec, store).facts
+        facts = datastages.build_data(ref, line, spec, store).facts
         found[ref.stage] = round(time.perf_counter() - begun, 2)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "stages": found, "fill_rate": facts["fill_rate"]}

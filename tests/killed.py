@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from ditty import stages
+from ditty import datastages, stages
 from ditty.artifacts import MANIFEST, Store, verify
 from ditty.errors import ArtifactDamaged
 from ditty.failpoints import LOG_VARIABLE, VARIABLE
@@ -83,7 +83,7 @@ def make_data(place: Place) -> None:
     line = place.line()
     for ref in line.data():
         with locked(place.store.lock(ref.stage, ref.key).path):
-            stages.build_data(ref, line, place.spec, place.store)
+            datastages.build_data(ref, line, place.spec, place.store)
 
 
 def quantize(place: Place) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ditty import preflight, stages
+from ditty import datastages, preflight, stages
 from ditty.artifacts import Store, read_manifest
 from ditty.errors import DataError, ModelError, RemoteError, RunMismatch, SpecError, StoreError
 from ditty.files import locked, make_dir, write_json
@@ -61,7 +61,7 @@ def prepare(spec: RunSpec) -> dict[str, Any]:
     facts = {}
     for ref in line.data():
         with locked(store.lock(ref.stage, ref.key).path):
-            facts[ref.stage] = stages.build_data(ref, line, spec, store).facts
+            facts[ref.stage] = datastages.build_data(ref, line, spec, store).facts
     return facts
 
 
@@ -175,10 +175,10 @@ def test_a_few_bad_rows_are_kept_beside_the_good_ones(tmp_path, no_process):
         assert f'"position": "{position}"' in (folder / "quarantine.jsonl").read_text()
     other = make_spec(tmp_path, rows, data__max_bad_fraction=0.5)
     assert [p.state for p in make_plan(other, Store()).stages][:3] == ["cached"] * 3
-    stages.check_bad_rows(line, other, Store())
+    datastages.check_bad_rows(line, other, Store())
     strict = make_spec(tmp_path, rows, data__max_bad_fraction=0.001)
     with pytest.raises(DataError, match=r"load rows.jsonl: 1 of 200 rows \(0.50%\).*quarantine"):
-        stages.check_bad_rows(line, strict, Store())
+        datastages.check_bad_rows(line, strict, Store())
     first = make_spec(tmp_path, rows)
     assert not spec_differences(first.model_dump(mode="json"), other.model_dump(mode="json"))
 

@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from ditty import stages
+from ditty import datastages, stages
 from ditty.artifacts import Store
 from ditty.rundir import RunDir
 from ditty.spec import RunSpec
@@ -52,7 +52,7 @@ def made(tmp_path: Path) -> tuple[stages.StageLine, RunSpec]:
     store = Store()
     line = stages.resolve(spec, store)
     for ref in line.data():
-        stages.build_data(ref, line, spec, store)
+        datastages.build_data(ref, line, spec, store)
     return line, spec
 
 

@@ -24,7 +24,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterName
 from prefect.client.schemas.objects import TaskRun
 
-from ditty import datashards, preflight, stages
+from ditty import datashards, datastages, preflight, stages
 from ditty.artifacts import Manifest, Store, read_manifest
 from ditty.dataspec import DataSpec
 from ditty.errors import DataError, RowError, SpecError
@@ -75,7 +75,7 @@ def made(spec: RunSpec, store: Store, run: datashards.Run = datashards.in_turn) 
     """The artifact of `tokenize`, and those before it."""
     line = stages.resolve(spec, store)
     for ref in line.data()[:2]:
-        manifest = datashards.build_data(ref, line, spec, store, run)
+        manifest = datastages.build_data(ref, line, spec, store, run)
     return manifest
 
 

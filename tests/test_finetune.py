@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ditty import preflight, stages
+from ditty import datastages, preflight, stages
 from ditty.artifacts import Store, verify
 from ditty.errors import DataError, RunError, RunMismatch
 from ditty.files import read_json
@@ -201,7 +201,7 @@ def prepare_only(spec: RunSpec) -> None:
     store = Store()
     line = stages.resolve(spec, store)
     for ref in line.data():
-        stages.build_data(ref, line, spec, store)
+        datastages.build_data(ref, line, spec, store)
 
 
 def test_a_cancel_without_a_runner_ends_as_cancelled(

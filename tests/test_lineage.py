@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ditty import stages
+from ditty import datastages, stages
 from ditty.artifacts import FLOW_RUN_VARIABLE, Store
 from ditty.errors import RunError
 from ditty.files import canonical_json, write_json
@@ -50,7 +50,7 @@ def made(
     store = Store()
     line = stages.resolve(spec, store)
     for ref in line.data():
-        stages.build_data(ref, line, spec, store)
+        datastages.build_data(ref, line, spec, store)
     train = line.need("train")
     facts = {"stage": "train", "inputs": train.inputs, "run": "chain", "steps": 7}
     with store.commit("train", train.key, facts) as out:
