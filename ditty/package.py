@@ -36,6 +36,12 @@ def learned_ends(rows: Iterable[Mapping[str, Any]]) -> list[int]:
     return sorted(end for end, count in ends.items() if count >= ENDS_SHARE * ends.total())
 
 
+def taught_ends(trained: Path) -> list[int]:
+    """`learned_ends` of a training by its artifact; none where it is from before they were kept."""
+    ends: list[int] = read_manifest(trained).facts.get("ends", [])
+    return ends
+
+
 def generation_config(folder: Path, ends: Iterable[int]) -> bytes:
     """The generation config of a result, which ends where the model has learned to.
 

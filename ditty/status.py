@@ -12,6 +12,8 @@ from ditty.artifacts import Store
 from ditty.errors import RunError
 from ditty.files import read_json
 from ditty.rundir import CRASH_FILE, RunDir, Status, read_result
+from ditty.spec import RunSpec
+from ditty.specfile import parse_spec
 from ditty.tail import RecordTail
 from ditty.timeleft import RECENT_STEPS, seconds_left
 
@@ -92,19 +94,37 @@ def find_run(store: Store, name: str) -> RunDir:
     return run
 
 
-def find_trained(store: Store, name: str) -> dict[str, Any]:
-    """What a run's directory says of its newest finished training: {"spec", "train": key, ...}.
+@dataclass(frozen=True)
+class Trained:
+    """The newest finished training of a run.
+
+    Attributes:
+        spec: what was trained.
+        key: its content key; its artifact may be elsewhere.
+        failed_gates: why it may not leave this machine; see `flows.measure`.
+    """
+
+    spec: RunSpec
+    key: str
+    failed_gates: tuple[str, ...]
+
+
+def find_trained(store: Store, name: str) -> Trained:
+    """What a run's directory says of its newest finished training.
 
     Raises:
         RunError: there is no such run, or it has not finished a training.
+        SpecError: what it says is no spec of this ditty.
     """
-    found: dict[str, Any] | None = read_json(find_run(store, name).trained_file)
+    path = find_run(store, name).trained_file
+    found = read_json(path)
     if found is None:
         raise RunError(
             f"run {name} has no result yet: its training has not finished (`ditty status {name}`). "
             "Run its spec again: it goes on where it was"
         )
-    return found
+    spec = parse_spec(found["spec"], where=str(path))
+    return Trained(spec, found["train"], tuple(found.get("failed_gates", ())))
 
 
 class _Reader:

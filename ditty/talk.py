@@ -24,9 +24,9 @@ from ditty.evaluate import autocast, generate
 from ditty.load import load_trained
 from ditty.model import base_model
 from ditty.modelstages import base_folder, quantized_folder
+from ditty.package import taught_ends
 from ditty.spec import RunSpec
-from ditty.specfile import parse_spec
-from ditty.status import find_run, find_trained
+from ditty.status import find_trained
 from ditty.world import single
 
 RESET, QUIT = "/reset", "/quit"
@@ -85,7 +85,7 @@ def load(run: str, store: Store) -> tuple[list[Speaker], RunSpec, Path]:
         folder = quantized_folder(folder, spec, store, device)
     args = (spec.model, spec.train, single(device).device)
     module = load_trained(folder, trained, *args)
-    result = Speaker(run, module, ends=tuple(read_manifest(trained).facts.get("ends", [])))
+    result = Speaker(run, module, ends=tuple(taught_ends(trained)))
     if spec.model.adapter is Adapter.NONE:
         base_speaker = Speaker("base", load_trained(folder, None, *args))
     else:
@@ -100,14 +100,13 @@ def trained_on(trained: Path) -> str:
 
 def _result(run: str, store: Store) -> tuple[RunSpec, Path]:
     found = find_trained(store, run)
-    spec = parse_spec(found["spec"], where=str(find_run(store, run).trained_file))
-    trained = store.path("train", found["train"])
+    trained = store.path("train", found.key)
     if not trained.is_dir():
         raise RunError(
             f"the result of run {run} is not in {store.home}: `ditty run` its spec again (what is "
             "there is not made again)"
         )
-    return spec, trained
+    return found.spec, trained
 
 
 def talk(

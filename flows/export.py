@@ -1,6 +1,5 @@
 """The flow `export`: the result of a run, merged where asked, and copied to where it is used."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow
@@ -11,34 +10,18 @@ from ditty.artifacts import Store, read_manifest
 from ditty.choices import Adapter, Device, ExportTo, Precision
 from ditty.errors import RunError, SpecError
 from ditty.files import locked
-from ditty.package import GENERATION_CONFIG, generation_config, package_ref
+from ditty.package import GENERATION_CONFIG, generation_config, package_ref, taught_ends
 from ditty.spec import RunSpec
-from ditty.specfile import parse_spec
 from ditty.stages import StageRef
-from ditty.status import find_run, find_trained
+from ditty.status import Trained, find_trained
 from flows import line, tasks
 from flows.card import card_files
 from flows.frame import framed
 from flows.measure import gate_error
-from flows.mirror import have_result
+from flows.mirror import need_result
 from flows.place import checked_place, copy_to, leaves_this_machine
 from flows.tasks import Caller
 from flows.training import Work
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The newest finished training of a run.
-
-    Attributes:
-        spec: what was trained, for a machine without a GPU.
-        key: its content key; its artifact may be elsewhere.
-        failed_gates: why it may not leave this machine; see `flows.measure`.
-    """
-
-    spec: RunSpec
-    key: str
-    failed_gates: tuple[str, ...]
 
 
 @flow(name="export", flow_run_name="export {run}", retries=0, persist_result=False)
@@ -79,7 +62,7 @@ def export(
         DittyError: what else stopped it.
     """
     store = Store()
-    trained = _newest(run, store)
+    trained = find_trained(store, run)
     is_adapter = to is ExportTo.ADAPTER and trained.spec.model.adapter is not Adapter.NONE
     if is_adapter and dtype is not None:
         raise SpecError(
@@ -88,10 +71,7 @@ def export(
         )
 
     def body(call: Caller) -> dict[str, Any]:
-        shared = to is not ExportTo.ADAPTER and share.place() is not None
-        if trained.failed_gates and (shared or leaves_this_machine(out)):
-            stays = store.path("train", trained.key)
-            raise gate_error(run, list(trained.failed_gates), str(stays))
+        _check_gates(run, trained, store, to, out)
         url = checked_place(out)
         made = _result(call, trained, to, dtype)
         result = _package(call, made, trained.key, to, license)
@@ -107,16 +87,17 @@ def export(
             "base": trained.spec.model.base_model if is_adapter else None,
         }
 
-    return framed(Caller.of(trained.spec, store), body)
-
-
-def _newest(run: str, store: Store) -> Trained:
-    found = find_trained(store, run)
-    spec = parse_spec(found["spec"], where=str(find_run(store, run).trained_file))
     # The machine that trained may have had a GPU; a merge needs none.
-    launch = spec.launch.model_copy(update={"device": Device.CPU})
-    failed = tuple(found.get("failed_gates", ()))
-    return Trained(spec.model_copy(update={"launch": launch}), found["train"], failed)
+    launch = trained.spec.launch.model_copy(update={"device": Device.CPU})
+    return framed(Caller.of(trained.spec.model_copy(update={"launch": launch}), store), body)
+
+
+def _check_gates(run: str, trained: Trained, store: Store, to: ExportTo, out: str | None) -> None:
+    """Raise GateFailed if the result failed, and others would see what is made of it."""
+    shared = to is not ExportTo.ADAPTER and share.place() is not None
+    if trained.failed_gates and (shared or leaves_this_machine(out)):
+        stays = store.path("train", trained.key)
+        raise gate_error(run, list(trained.failed_gates), str(stays))
 
 
 def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | None) -> StageRef:
@@ -136,7 +117,8 @@ def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | Non
         made = _merged(call, made, dtype)
     if to is ExportTo.GGUF:
         work = Work(spec, store, store.path(made.stage, made.key))
-        made = _made(call, stages.gguf_ref(made, spec.name, _ends(store, trained.key)), work)
+        ends = taught_ends(store.path("train", trained.key))
+        made = _made(call, stages.gguf_ref(made, spec.name, ends), work)
     return made
 
 
@@ -167,12 +149,6 @@ def _merged(call: Caller, training: StageRef, dtype: Precision | None) -> StageR
     return _made(call, merge, Work(spec, store, base.model_dir).of_result(training.key))
 
 
-def _ends(store: Store, train: str) -> list[int]:
-    """With which tokens a training has taught to end; none where it was before that was kept."""
-    ends: list[int] = read_manifest(store.path("train", train)).facts.get("ends", [])
-    return ends
-
-
 def _package(
     call: Caller, made: StageRef, train: str, to: ExportTo, license: str | None
 ) -> StageRef:
@@ -181,7 +157,8 @@ def _package(
     beside = card_files(call.spec, store, train, to, license)
     if to is not ExportTo.GGUF:  # which has all of it in itself
         folder = store.path(made.stage, made.key)
-        beside[GENERATION_CONFIG] = generation_config(folder, _ends(store, train))
+        ends = taught_ends(store.path("train", train))
+        beside[GENERATION_CONFIG] = generation_config(folder, ends)
     ref = package_ref(made, beside)
     call.cached(tasks.package, ref, made, beside, store)
     return ref
@@ -189,12 +166,6 @@ def _package(
 
 def _training(spec: RunSpec, store: Store, key: str) -> StageRef:
     """The training of that key, its result in the store."""
-    url = spec.upload.url
-    if not have_result(store, url, spec.name, key, get_run_logger()):
-        raise RunError(
-            f"the result of run {spec.name} (training {key[:12]}) is neither in {store.home} nor "
-            f"at {url or 'an upload target, since the spec has none'}: run its spec again (what is "
-            "there is not made again), then export it"
-        )
+    need_result(store, spec, key, get_run_logger())
     facts = read_manifest(store.path("train", key)).facts
     return StageRef("train", key, facts["inputs"], "train")

@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import Any
 
 from ditty.artifacts import Store, read_manifest, staging_dir
-from ditty.errors import ArtifactDamaged, DittyError, StoreError
+from ditty.errors import ArtifactDamaged, DittyError, RunError, StoreError
 from ditty.files import GLANCE_SECONDS, fsync_path, remove_tree, rename
 from ditty.identity import check_identity
 from ditty.lease import Lease, counting, epoch_of, newest
 from ditty.remote import Remote, final_name
 from ditty.rundir import STEP_NAME, RunDir, best_step, step_name
+from ditty.spec import RunSpec
 
 POLL_SECONDS = 2.0
 RETRY_SECONDS = 30.0
@@ -132,6 +133,21 @@ def have_result(store: Store, url: str | None, run_name: str, key: str, log: Log
     if store.find("train", key):
         return True
     return url is not None and fetch_result(store, Remote(url), run_name, key, log)
+
+
+def need_result(store: Store, spec: RunSpec, key: str, log: Logger) -> None:
+    """Have the result of a training of `spec` in the store.
+
+    Raises:
+        RunError: it is neither there nor at the target.
+    """
+    url = spec.upload.url
+    if not have_result(store, url, spec.name, key, log):
+        raise RunError(
+            f"the result of run {spec.name} (training {key[:12]}) is neither in {store.home} nor "
+            f"at {url or 'an upload target, since the spec has none'}: run `finetune` with the "
+            "same spec first (what is there is not made again)"
+        )
 
 
 class Mirror:

@@ -138,7 +138,8 @@ def test_the_command_hands_over_to_a_process_with_torch(tmp_path, home, monkeypa
 
     monkeypatch.setattr(subprocess, "run", run)
     make_dir(RunDir.named("mine", home).root)
-    write_json(RunDir.named("mine", home).trained_file, {"train": "key", "spec": {}})
+    spec = {"name": "mine", "data": {"source": "a"}, "model": {"base_model": "b"}}
+    write_json(RunDir.named("mine", home).trained_file, {"train": "key", "spec": spec})
     assert CliRunner().invoke(app, ["chat", "mine", "--max-tokens", "8"]).exit_code == 3
     assert calls == [[sys.executable, "-m", "ditty.talk", "mine", "8", "0.0"]]
 
