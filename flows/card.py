@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ditty import curves
 from ditty.artifacts import Store, read_manifest
 from ditty.choices import Adapter, ExportTo
 from ditty.demo import use_gguf, use_it, use_model
@@ -20,7 +21,7 @@ from ditty.spec import RunSpec
 from ditty.stages import DATA_STAGES
 from ditty.version import __version__
 from flows.markup import clean, code, escape, fenced, table
-from flows.report import History, picture
+from flows.report import History
 
 CARD, PICTURE = "README.md", "loss.png"
 LIBRARIES = {ExportTo.ADAPTER: "peft", ExportTo.MERGED: "transformers"}
@@ -39,7 +40,7 @@ def card_files(
     """
     history = History(RunDir.named(spec.name, store.home))
     history.read()
-    image = picture(history) if history.train.steps else None
+    image = curves.picture(history.train, history.evaluated) if history.train.steps else None
     node = lineage(str(store.path("train", train)), store)
     facts = read_manifest(store.path("train", train)).facts
     whole = spec.model.adapter is Adapter.NONE

@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ditty import curves
 from ditty.curves import CURVES, Curve
@@ -18,9 +18,6 @@ from ditty.tail import RecordTail
 from ditty.timeleft import RECENT_STEPS, duration, seconds_left
 from flows.datareport import data_section
 from flows.markup import LONGEST_LINE, clean, code, embedded, escape, fenced, shorten, table
-
-if TYPE_CHECKING:  # matplotlib costs a second; the flow imports this module and may draw nothing
-    pass
 
 MAX_BYTES = 200_000
 MAX_SAMPLES = 4
@@ -110,7 +107,7 @@ def _heading(history: History, state: str) -> str:
 def _picture_section(history: History) -> str:
     if not history.train.steps:
         return ""
-    image = picture(history)
+    image = curves.picture(history.train, history.evaluated)
     if image is None:
         return f"(No picture: it would have more than {curves.PICTURE_BYTES:,} bytes.)"
     return embedded("loss", image)
@@ -164,11 +161,6 @@ def _places_section(run: RunDir, upload_url: str | None) -> str:
         lines.append(f"- copied to: {code(f'{upload_url}/{run.root.name}')}")
     lines.append(f"- {lineage_link(run.root.name)}, written at the end")
     return "## Checkpoints\n\n" + "\n".join(lines)
-
-
-def picture(history: History) -> bytes | None:
-    """A PNG of the curves; see `ditty.curves.picture`."""
-    return curves.picture(history.train, history.evaluated)
 
 
 def lineage_link(name: str) -> str:
