@@ -228,6 +228,15 @@ def shards_begun(log: Path) -> Counter[str]:
     )
 
 
+@pytest.fixture
+def passes(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A log of what the processes that make shards come by."""
+    home.mkdir()
+    log = home / "passes.log"
+    monkeypatch.setenv("DITTY_FAIL_POINT_LOG", str(log))
+    return log
+
+
 def assert_one_was_made_twice(spec: RunSpec, home: Path, expected: Manifest) -> None:
     key = stages.resolve(spec, Store(home)).need("tokenize").key
     assert contents(read_manifest(Store(home).path("tokenize", key))) == contents(expected)
@@ -243,15 +252,12 @@ def whole_and_slow(folder: Path, home: Path, **data: Any) -> tuple[Manifest, Run
 
 @pytest.mark.slow
 def test_a_dask_worker_that_is_killed_costs_one_shard(
-    slow_place: Path, home: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+    slow_place: Path, home: Path, prefect_api: str, passes: Path
 ) -> None:
-    log = home / "passes.log"
-    home.mkdir()
-    monkeypatch.setenv("DITTY_FAIL_POINT_LOG", str(log))
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         address = cluster.scheduler_address
         expected, spec = whole_and_slow(slow_place, home, engine="dask", engine_address=address)
-        log.unlink()
+        passes.unlink()
         nannies = cluster.workers.values()
         kill = KillOne(home, lambda: [n.pid for n in nannies if n.pid])
         assert data_flow(spec, Store(home))[-1] is EventState.DONE
@@ -261,13 +267,10 @@ def test_a_dask_worker_that_is_killed_costs_one_shard(
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_costs_one_shard(
-    slow_place: Path, home: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+    slow_place: Path, home: Path, prefect_api: str, passes: Path
 ) -> None:
-    log = home / "passes.log"
-    home.mkdir()
-    monkeypatch.setenv("DITTY_FAIL_POINT_LOG", str(log))
     expected, spec = whole_and_slow(slow_place, home, engine="processes", num_proc=2)
-    log.unlink()
+    passes.unlink()
     below = psutil.Process().children
     kill = KillOne(home, lambda: [child.pid for child in below(recursive=True)])
     assert data_flow(spec, Store(home))[-1] is EventState.DONE

@@ -84,16 +84,12 @@ def test_quantized_training_step_equals_the_cpus(tmp_path):
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-2, abs=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_has_the_same_gradients_each_time(dtype):
-    """Memory-efficient attention adds up the queries' gradient as its blocks end."""
-    torch.manual_seed(0)
-    tensors = torch.randn(3, 1, 16, 2000, 64, device=GPU, dtype=dtype)
-    mask = None if dtype is torch.float32 else torch.ones(2000, 2000, device=GPU).bool().tril()
+def assert_same_gradients(attention, tensors):
+    """Of query, key and value, 30 times over."""
 
     def gradients():
         q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        out = attention(q, k, v)
         out.backward(torch.ones_like(out))
         return torch.stack([q.grad, k.grad, v.grad])
 
@@ -103,6 +99,19 @@ def test_attention_has_the_same_gradients_each_time(dtype):
         assert all(torch.equal(gradients(), first) for _ in range(30))
     finally:
         choose_kernels(deterministic=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_has_the_same_gradients_each_time(dtype):
+    """Memory-efficient attention adds up the queries' gradient as its blocks end."""
+    torch.manual_seed(0)
+    tensors = torch.randn(3, 1, 16, 2000, 64, device=GPU, dtype=dtype)
+    mask = None if dtype is torch.float32 else torch.ones(2000, 2000, device=GPU).bool().tril()
+
+    def attention(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+
+    assert_same_gradients(attention, tensors)
 
 
 def test_packed_attention_has_the_same_gradients_each_time():
@@ -111,19 +120,11 @@ def test_packed_attention_has_the_same_gradients_each_time():
     tensors = torch.randn(3, 1, 16, 8192, 64, device=GPU, dtype=torch.bfloat16)
     ends = torch.arange(0, 8193, 2048, device=GPU, dtype=torch.int32)
 
-    def gradients():
-        q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
+    def attention(q, k, v):
         options = {"cu_seq_lens_q": ends, "max_length_q": 2048}
-        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, **options)
-        out.backward(torch.ones_like(out))
-        return torch.stack([q.grad, k.grad, v.grad])
+        return packed_attention(torch.nn.Module(), q, k, v, None, **options)[0]
 
-    try:
-        choose_kernels(deterministic=True)
-        first = gradients()
-        assert all(torch.equal(gradients(), first) for _ in range(30))
-    finally:
-        choose_kernels(deterministic=False)
+    assert_same_gradients(attention, tensors)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
