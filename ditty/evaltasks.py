@@ -10,6 +10,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Collection, Iterator
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,12 @@ def check_names(tasks: Collection[str]) -> None:
     Looks for words, which takes a second: the harness needs ten, and torch, to tell its names. So a
     word that is there and names no task is refused only by the harness.
     """
-    asked = {task for task in tasks if not is_file(task) and not re.search(r"[*?\[]", task)}
+    _find(frozenset(t for t in tasks if not is_file(t) and not re.search(r"[*?\[]", t)))
+
+
+@cache  # `ditty run` looks before Prefect starts, and its flow once more
+def _find(tasks: frozenset[str]) -> None:
+    asked = set(tasks)
     if not asked:
         return
     package = util.find_spec(PACKAGE)
