@@ -20,11 +20,12 @@ from ditty.load import load_module
 from ditty.model import save_trained
 from ditty.modelstages import base_folder, quantized_folder
 from ditty.parallel import whole_weights
+from ditty.progress import Outcome
 from ditty.rundir import RunDir
 from ditty.spec import LaunchSpec, ModelSpec, RunSpec, TrainSpec
 from ditty.specfile import parse_spec
 from ditty.trackers import reporting
-from ditty.trainer import Outcome, Place, Trainer
+from ditty.trainer import Place, Trainer
 from ditty.world import World, join_world, leave_world
 
 # The seed's names for keys of the spec.

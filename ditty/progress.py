@@ -1,7 +1,26 @@
-"""What a training knows of its own course: the best evaluation, and how long ago one was better."""
+"""A training's course: the best evaluation, how long ago one was better, and how it ended."""
 
 import math
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended.
+
+    Attributes:
+        step: steps done in all.
+        finished: all steps were done; otherwise it was asked to stop, and saved.
+        reason: why it stopped early.
+    """
+
+    step: int
+    finished: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        ended = "all steps are done" if self.finished else f"stopped by a {self.reason}"
+        return f"step {self.step}: {ended}"
 
 
 @dataclass

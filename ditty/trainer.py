@@ -21,7 +21,7 @@ from ditty.heartbeat import Heartbeat
 from ditty.hooks import OURS, Hooks
 from ditty.optim import check_schedule, learning_rate
 from ditty.parallel import LossScale, make_parallel, scale_gradients, squared_norm
-from ditty.progress import Progress
+from ditty.progress import Outcome, Progress
 from ditty.readout import Readout, Work, clip_factor, waits_for_numbers
 from ditty.recompute import choose_recomputed, recompute_blocks
 from ditty.rng import choose_kernels, seed_all, without_fixed_order
@@ -31,25 +31,6 @@ from ditty.spec import TrainSpec
 from ditty.world import World, peak_memory, single, steady_cublas
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a training ended.
-
-    Attributes:
-        step: steps done in all.
-        finished: all steps were done; otherwise it was asked to stop, and saved.
-        reason: why it stopped early.
-    """
-
-    step: int
-    finished: bool
-    reason: str = ""
-
-    def __str__(self) -> str:
-        ended = "all steps are done" if self.finished else f"stopped by a {self.reason}"
-        return f"step {self.step}: {ended}"
 
 
 @dataclass

@@ -109,8 +109,8 @@ def join_world(
             f"(accelerate: {state.distributed_type}, {state.num_processes}). "
             "Look at accelerate.yaml and launch.json of this attempt"
         )
+    steady_cublas(device)
     if device == "cuda":
-        steady_cublas(device)
         torch.cuda.set_device(state.local_process_index)
     where = torch.device(device, state.local_process_index if device == "cuda" else None)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
