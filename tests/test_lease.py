@@ -57,8 +57,9 @@ def race(remote: Remote, names: list[str]) -> list[Lease | RunBusy]:
         return list(pool.map(racer, names))
 
 
+@pytest.mark.fault("racers")
 def test_of_20_racers_who_all_find_it_free_one_wins(
-    remote: Remote, monkeypatch: pytest.MonkeyPatch
+    remote: Remote, monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None]
 ) -> None:
     """All have looked before the first one writes; and again when that lease has run out."""
     names = [f"machine-{n}" for n in range(RACERS)]
@@ -79,6 +80,7 @@ def test_of_20_racers_who_all_find_it_free_one_wins(
         assert len(losers) == RACERS - 1
         assert all(f"/{winners[0].claim.holder})" in text for text in losers)
     assert newest(remote, "demo") == winners[0].claim
+    figure(f"{RACERS} racers for a name, free and run out: winners 1 and 1")
 
 
 def test_it_says_who_holds_it_and_until_when(
