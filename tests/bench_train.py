@@ -30,7 +30,7 @@ ROWS = {
     "8b-lora-ckpt": ("8b", 4, CKPT),
     "8b-lora-fp8": ("8b", 4, ["model.quantization=fp8"]),
     "8b-lora-fp8-ckpt": ("8b", 4, ["model.quantization=fp8", *CKPT]),
-    "8b-lora-20gib": ("8b", 4, [f"train.max_memory_gb={20 * GIB}"]),
+    "8b-lora-20gib": ("8b", 2, [*TWICE, f"train.max_memory_gb={20 * GIB}"]),
     "8b-qlora": ("8b", 4, NF4),
     "8b-qlora-ckpt": ("8b", 4, [*NF4, *CKPT]),
     "8b-qlora-9gib": ("8b", 2, [*NF4, *TWICE, f"train.max_memory_gb={9 * GIB}"]),
