@@ -18,10 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.data import DataLoader
 
 from ditty import Data, Hooks, Pipeline
-from ditty.attention import forward_kwargs
-from ditty.batches import Batch, collate
-from ditty.choices import Adapter
+from ditty.config.choices import Adapter
 from ditty.errors import SpecError
+from ditty.models.attention import forward_kwargs
+from ditty.models.batches import Batch, collate
 
 BETA = 0.1  # how far the trained model may go from the reference: the smaller, the further
 

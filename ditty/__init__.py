@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 from ditty.version import __version__
 
 if TYPE_CHECKING:
+    from ditty.config.spec import RunSpec
     from ditty.data import Data
-    from ditty.hooks import Hooks
     from ditty.pipeline import Pipeline
-    from ditty.spec import RunSpec
-    from ditty.trainer import Trainer
+    from ditty.training.hooks import Hooks
+    from ditty.training.trainer import Trainer
 
 __all__ = ["Data", "Hooks", "Pipeline", "RunSpec", "Trainer", "__version__"]
 
 _HOMES = {
     "Data": "ditty.data",
-    "Hooks": "ditty.hooks",
+    "Hooks": "ditty.training.hooks",
     "Pipeline": "ditty.pipeline",
-    "RunSpec": "ditty.spec",
-    "Trainer": "ditty.trainer",
+    "RunSpec": "ditty.config.spec",
+    "Trainer": "ditty.training.trainer",
 }
 
 

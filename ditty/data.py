@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from ditty import functions, tables
-from ditty.artifacts import Store
-from ditty.choices import Sampling
-from ditty.encoding import IGNORED
+from ditty.config.choices import Sampling
+from ditty.dataset import functions, tables
+from ditty.dataset.encoding import IGNORED
 from ditty.errors import DataError
-from ditty.feed import row_lengths
-from ditty.files import canonical_json, locked, sha256_bytes, sha256_file
-from ditty.sampler import SampleOrder
+from ditty.store.artifacts import Store
+from ditty.store.files import canonical_json, locked, sha256_bytes, sha256_file
+from ditty.training.feed import row_lengths
+from ditty.training.sampler import SampleOrder
 
 if TYPE_CHECKING:
     import datasets

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty import datafiles, sources, tables
+from ditty.dataset import datafiles, sources, tables
+from ditty.dataset.quarantine import Quarantine
 from ditty.errors import DataError
-from ditty.quarantine import Quarantine
 from ditty.recipes import text_of
+from ditty.store import paths
 
 if TYPE_CHECKING:
     import datasets
@@ -149,7 +150,7 @@ def _files(file: str) -> list[datafiles.DataFile]:
     path = Path(file)
     if files := datafiles.find(path):
         return files
-    raise DataError(f"kwargs.file: there are no files {file}{datafiles.nearest(path)}")
+    raise DataError(f"kwargs.file: there are no files {file}{paths.nearest(path)}")
 
 
 def _held_out_content(file: str, **_: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ditty.files import canonical_json, sha256_bytes
+from ditty.store.files import canonical_json, sha256_bytes
 
 PROMPT = "Write the docstring of this Python function."
 DOCSTRING_CHARACTERS = range(20, 801)

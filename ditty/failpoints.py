@@ -2,7 +2,7 @@
 
 A point is an act on a path, `rename train/step_000000004`, and it is passed just before the act:
 killed there, the process has done everything up to it and nothing after. All writes, fsyncs,
-renames, puts and barriers on which something durable rests pass one (most in `ditty.files`).
+renames, puts and barriers on which something durable rests pass one (most in `ditty.store.files`).
 """
 
 import os

@@ -7,26 +7,28 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ditty import basemodel, preflight, stages
-from ditty.artifacts import Store, commit_dir
-from ditty.batches import Batch
-from ditty.choices import FinalWeights
-from ditty.environment import resolve_device
+from ditty.config.choices import FinalWeights
+from ditty.config.spec import LaunchSpec, ModelSpec, RunSpec, TrainSpec
+from ditty.config.specfile import parse_spec
+from ditty.conversion.modelstages import base_folder, quantized_folder
+from ditty.distributed.load import load_module
+from ditty.distributed.parallel import whole_weights
+from ditty.distributed.world import World, join_world, leave_world
 from ditty.errors import ModelError, RunBusy, SpecError
-from ditty.feed import LoaderFeed
-from ditty.files import sha256_bytes
-from ditty.hooks import OURS, Hooks
-from ditty.load import load_module
-from ditty.model import save_trained
-from ditty.modelstages import base_folder, quantized_folder
-from ditty.parallel import whole_weights
-from ditty.progress import Outcome
-from ditty.rundir import RunDir
-from ditty.spec import LaunchSpec, ModelSpec, RunSpec, TrainSpec
-from ditty.specfile import parse_spec
-from ditty.trackers import reporting
-from ditty.trainer import Place, Trainer
-from ditty.world import World, join_world, leave_world
+from ditty.models.batches import Batch
+from ditty.models.model import save_trained
+from ditty.planning import preflight
+from ditty.pretrained import basemodel
+from ditty.processes.environment import resolve_device
+from ditty.runs.progress import Outcome
+from ditty.runs.rundir import RunDir
+from ditty.stages import stageline
+from ditty.store.artifacts import Store, commit_dir
+from ditty.store.files import sha256_bytes
+from ditty.training.feed import LoaderFeed
+from ditty.training.hooks import OURS, Hooks
+from ditty.training.trackers import reporting
+from ditty.training.trainer import Place, Trainer
 
 # The seed's names for keys of the spec.
 ALIASES = {
@@ -96,7 +98,7 @@ class Pipeline:
         )
 
     def hooks(self) -> Hooks:
-        """Override: callbacks, and a loss or an optimizer of your own (ditty.hooks)."""
+        """Override: callbacks, and a loss or an optimizer of your own (ditty.training.hooks)."""
         return OURS
 
     def model_dir(self) -> Path:
@@ -106,7 +108,7 @@ class Pipeline:
     def weights_dir(self) -> Path:
         """The folder that is loaded: the base model's, or its quantized twin from the store."""
         source = self.model_dir()
-        if not stages.prequantizes(self.spec):
+        if not stageline.prequantizes(self.spec):
             return source
         return quantized_folder(source, self.spec, self.store, resolve_device(LaunchSpec()))
 
@@ -143,7 +145,7 @@ class Pipeline:
             )
         feed = LoaderFeed(loader, train.gradient_accumulation_steps, world)
         rows = world.from_main(_digest(next(feed.steps(0))))
-        identity = stages.training_identity(self.spec, basemodel.key(self.base), rows)
+        identity = stageline.training_identity(self.spec, basemodel.key(self.base), rows)
         hooks = self.hooks()
         if decide := hooks.identity():
             identity["hooks"] = decide

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty.errors import DataError, shown
-from ditty.files import sha256_file
+from ditty.store.files import sha256_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -17,14 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ditty.artifacts import Make, Store
-from ditty.choices import FinalWeights
+from ditty.config.choices import FinalWeights
+from ditty.config.spec import RunSpec
 from ditty.errors import LESS_MEMORY, DittyError, OutOfMemory, Preempted, RunBusy, RunError
-from ditty.files import read_json, write_json
-from ditty.readahead import read_folder_ahead
-from ditty.rundir import Result, RunDir, Status, write_result
-from ditty.signals import show_stack_when_asked
-from ditty.spec import RunSpec
+from ditty.processes.signals import show_stack_when_asked
+from ditty.runs.rundir import Result, RunDir, Status, write_result
+from ditty.store.artifacts import Make, Store
+from ditty.store.files import read_json, write_json
+from ditty.store.readahead import read_folder_ahead
 
 log = logging.getLogger("ditty.worker")
 
@@ -86,7 +86,7 @@ class Shown:
 
 def convert(job: Job, attempt: Path) -> Result:
     """The `fetch` stage of a GGUF file, or of a folder with .bin files."""
-    from ditty.modelstages import fetches
+    from ditty.conversion.modelstages import fetches
 
     make, resumable = fetches(job.model_dir, Shown("converted"))
     return _build(job, "fetch", make, resumable=resumable)
@@ -94,7 +94,7 @@ def convert(job: Job, attempt: Path) -> Result:
 
 def prequantize(job: Job, attempt: Path) -> Result:
     """The `prequantize` stage."""
-    from ditty.modelstages import quantizes
+    from ditty.conversion.modelstages import quantizes
 
     dtype = job.inputs["dtype"]
     make = quantizes(job.model_dir, job.spec.model, dtype, job.device, Shown("quantized"))
@@ -103,7 +103,7 @@ def prequantize(job: Job, attempt: Path) -> Result:
 
 def evaluate(job: Job, attempt: Path) -> Result:
     """The `evaluate` stage, in one process: the model fits where it is loaded."""
-    from ditty.evalstages import evaluates
+    from ditty.evaluation.evalstages import evaluates
 
     assert job.data_dir is not None, "an evaluation reads packed rows"
     make = evaluates(job.model_dir, job.trained_dir, job.data_dir, job.spec, job.device)
@@ -112,7 +112,7 @@ def evaluate(job: Job, attempt: Path) -> Result:
 
 def harness(job: Job, attempt: Path) -> Result:
     """The `harness` stage, in one process, on what `evaluate` measures."""
-    from ditty.evalstages import runs_tasks
+    from ditty.evaluation.evalstages import runs_tasks
 
     make = runs_tasks(job.model_dir, job.trained_dir, job.spec, job.device)
     return _build(job, "harness", make)
@@ -120,7 +120,7 @@ def harness(job: Job, attempt: Path) -> Result:
 
 def merge(job: Job, attempt: Path) -> Result:
     """The `merge` stage: on the CPU, whatever the machine has; without an adapter it casts."""
-    from ditty.export import merge as merge_into
+    from ditty.conversion.export import merge as merge_into
 
     def make(out: Path) -> dict[str, Any]:
         found = merge_into(
@@ -140,7 +140,7 @@ def merge(job: Job, attempt: Path) -> Result:
 
 def gguf(job: Job, attempt: Path) -> Result:
     """The `gguf` stage: a whole model as one file."""
-    from ditty.ggufexport import write_gguf
+    from ditty.conversion.ggufexport import write_gguf
 
     def make(out: Path) -> dict[str, Any]:
         name, ends = job.inputs["name"], job.inputs["ends"]
@@ -151,16 +151,16 @@ def gguf(job: Job, attempt: Path) -> Result:
 
 def bench(job: Job, attempt: Path) -> Result:
     """The measurement that `ditty bench` asks for; all ranks run this."""
-    from ditty.benchmark import REPORT
-    from ditty.world import join_world, leave_world
+    from ditty.distributed.world import join_world, leave_world
+    from ditty.planning.benchmark import REPORT
 
     launch = job.spec.launch
     world = join_world(job.device, launch.world_size, launch.collective_timeout_seconds)
     try:
         if job.inputs["by"] == "trl":
-            from ditty.bench_trl import measure_trl as measure
+            from ditty.speed.bench_trl import measure_trl as measure
         else:
-            from ditty.bench import measure
+            from ditty.speed.bench import measure
         found = measure(job.spec, job.inputs, job.home, world)
         if world.main:
             write_json(attempt / REPORT, found)
@@ -180,7 +180,7 @@ def train(job: Job, attempt: Path) -> Result:
     """The `train` stage: all ranks run this."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         read_folder_ahead(job.model_dir)  # while the libraries are imported
-    from ditty.world import join_world, leave_world
+    from ditty.distributed.world import join_world, leave_world
 
     world = join_world(
         job.device, job.spec.launch.world_size, job.spec.launch.collective_timeout_seconds
@@ -206,9 +206,9 @@ def train(job: Job, attempt: Path) -> Result:
 
 
 def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
-    from ditty.hooks import OURS
-    from ditty.trackers import reporting
-    from ditty.trainer import Place, Trainer
+    from ditty.training.hooks import OURS
+    from ditty.training.trackers import reporting
+    from ditty.training.trainer import Place, Trainer
 
     store = Store(job.home)
     done = store.find("train", job.key) if world.main else None
@@ -228,7 +228,7 @@ def _train(job: Job, attempt: Path, world: Any, run: RunDir) -> Result:
 
 def _fit(job: Job, trainer: Any, module: Any) -> Result:
     """Train, and commit what came of it."""
-    from ditty.parallel import whole_weights
+    from ditty.distributed.parallel import whole_weights
 
     outcome = trainer.fit()
     if not outcome.finished:
@@ -251,9 +251,9 @@ def _load(job: Job, world: Any) -> tuple[Any, Any, Any]:
     from transformers import AutoTokenizer
 
     from ditty.data import read_rows
-    from ditty.evaluate import HeldOut
-    from ditty.feed import packed_feed
-    from ditty.load import load_module
+    from ditty.distributed.load import load_module
+    from ditty.training.evaluate import HeldOut
+    from ditty.training.feed import packed_feed
 
     spec = job.spec
     assert job.data_dir is not None, "training reads packed rows"
@@ -269,7 +269,7 @@ def _load(job: Job, world: Any) -> tuple[Any, Any, Any]:
 
 
 def _heartbeat(attempt: Path, rank: int) -> Any:
-    from ditty.heartbeat import Heartbeat
+    from ditty.runs.heartbeat import Heartbeat
 
     path = attempt / "heartbeat" / f"rank_{rank:05d}.json"
     show_stack_when_asked(path)
@@ -279,8 +279,8 @@ def _heartbeat(attempt: Path, rank: int) -> Any:
 def _commit(job: Job, trainer: Any, outcome: Any, module: Any, weights: dict[str, Any]) -> None:
     """The trained adapter or model as an artifact, with its tokenizer and its metrics."""
     from ditty.data import read_rows
-    from ditty.model import save_trained
-    from ditty.package import learned_ends
+    from ditty.models.model import save_trained
+    from ditty.results.package import learned_ends
 
     assert job.data_dir is not None, "training reads packed rows"
     records = list(trainer.run.metrics())

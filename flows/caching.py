@@ -1,10 +1,10 @@
 """When a stage's task is not run again: its artifact is in the store, verifies, and was recorded.
 
-A task of a stage takes a parameter `ref` (a `ditty.stages.StageRef`) and returns a `Reference`. Its
-Prefect cache key is the stage's own content key, so a hit does not depend on the task's code or on
-the run. The lock of the Prefect transaction is the store's lock of that artifact: flows and users
-of the library exclude each other, and a killed holder's lock frees itself. The body of a task
-therefore runs with the lock held and must not take it again.
+A task of a stage takes a parameter `ref` (a `StageRef` of ditty.stages.stageline) and returns a
+`Reference`. Its Prefect cache key is the stage's own content key, so a hit does not depend on the
+task's code or on the run. The lock of the Prefect transaction is the store's lock of that artifact:
+flows and users of the library exclude each other, and a killed holder's lock frees itself. The body
+of a task therefore runs with the lock held and must not take it again.
 
 Records live below `DITTY_HOME/prefect`: `records/<key>.json` (Prefect's metadata) and
 `results/<key>` (the reference). A hit is trusted only after its artifact has been verified.
@@ -26,10 +26,10 @@ from prefect.filesystems import WritableFileSystem
 from prefect.serializers import JSONSerializer
 from pydantic import PrivateAttr
 
-from ditty.artifacts import Manifest, Store
-from ditty.files import FileLock, make_dir, read_json, write_atomic
-from ditty.remote import Remote
-from ditty.stages import StageRef
+from ditty.stages.stageline import StageRef
+from ditty.store.artifacts import Manifest, Store
+from ditty.store.files import FileLock, make_dir, read_json, write_atomic
+from ditty.store.remote import Remote
 
 log = logging.getLogger(__name__)
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import yaml
 
-from ditty import curves
-from ditty.artifacts import Store, read_manifest
-from ditty.choices import Adapter, ExportTo
-from ditty.demo import use_gguf, use_it, use_model
+from ditty.config.choices import Adapter, ExportTo
+from ditty.config.spec import RunSpec
 from ditty.errors import scrub
-from ditty.lineage import Node, lineage
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
-from ditty.stages import DATA_STAGES
+from ditty.planning.demo import use_gguf, use_it, use_model
+from ditty.results.lineage import Node, lineage
+from ditty.runs import curves
+from ditty.runs.rundir import RunDir
+from ditty.stages.stageline import DATA_STAGES
+from ditty.store.artifacts import Store, read_manifest
 from ditty.version import __version__
-from flows.markup import clean, code, escape, fenced, table
-from flows.report import History
+from flows.pages.markup import clean, code, escape, fenced, table
+from flows.pages.report import History
 
 CARD, PICTURE = "README.md", "loss.png"
 LIBRARIES = {ExportTo.ADAPTER: "peft", ExportTo.MERGED: "transformers"}

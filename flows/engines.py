@@ -21,13 +21,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from ditty import datashards, preflight
-from ditty.artifacts import Manifest
-from ditty.choices import Engine
-from ditty.datashards import ShardWork
-from ditty.dataspec import DataSpec
+from ditty.config.choices import Engine
+from ditty.config.dataspec import DataSpec
 from ditty.errors import Crashed, DittyError
-from ditty.stages import StageRef
+from ditty.planning import preflight
+from ditty.stages import datashards
+from ditty.stages.datashards import ShardWork
+from ditty.stages.stageline import StageRef
+from ditty.store.artifacts import Manifest
 from flows.caching import Reference, reference
 from flows.training import passing
 

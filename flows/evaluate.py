@@ -5,9 +5,9 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from ditty import preflight
-from ditty.artifacts import Store
-from ditty.spec import RunSpec
+from ditty.config.spec import RunSpec
+from ditty.planning import preflight
+from ditty.store.artifacts import Store
 from flows.frame import framed, run_name
 from flows.line import prepare
 from flows.measure import evaluated

@@ -5,15 +5,16 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, share, stages
-from ditty.artifacts import Store, read_manifest
-from ditty.choices import Adapter, Device, ExportTo, Precision
+from ditty.config.choices import Adapter, Device, ExportTo, Precision
+from ditty.config.spec import RunSpec
 from ditty.errors import RunError, SpecError
-from ditty.files import locked
-from ditty.package import GENERATION_CONFIG, generation_config, package_ref, taught_ends
-from ditty.spec import RunSpec
-from ditty.stages import StageRef
-from ditty.status import Trained, find_trained
+from ditty.pretrained import basemodel
+from ditty.results.package import GENERATION_CONFIG, generation_config, package_ref, taught_ends
+from ditty.runs.status import Trained, find_trained
+from ditty.stages import share, stageline
+from ditty.stages.stageline import StageRef
+from ditty.store.artifacts import Store, read_manifest
+from ditty.store.files import locked
 from flows import line, tasks
 from flows.card import card_files
 from flows.frame import framed
@@ -111,14 +112,14 @@ def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | Non
     if spec.model.adapter is Adapter.NONE:
         if dtype is not None:
             folder = store.path(made.stage, made.key)
-            cast = stages.merge_ref(trained.key, None, stages.TORCH_NAMES[dtype])
+            cast = stageline.merge_ref(trained.key, None, stageline.TORCH_NAMES[dtype])
             made = _made(call, cast, Work(spec, store, folder))
     elif to is not ExportTo.ADAPTER:
         made = _merged(call, made, dtype)
     if to is ExportTo.GGUF:
         work = Work(spec, store, store.path(made.stage, made.key))
         ends = taught_ends(store.path("train", trained.key))
-        made = _made(call, stages.gguf_ref(made, spec.name, ends), work)
+        made = _made(call, stageline.gguf_ref(made, spec.name, ends), work)
     return made
 
 
@@ -135,8 +136,8 @@ def _merged(call: Caller, training: StageRef, dtype: Precision | None) -> StageR
         RunError: the base model is another by now.
     """
     spec, store = call.spec, call.store
-    base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
-    if stages.model_key(base) != training.inputs["model"]:
+    base = line.fetched(call, stageline.resolve_model(spec, store), stageline.resolve_model)
+    if stageline.model_key(base) != training.inputs["model"]:
         raise RunError(
             f"{spec.model.base_model} is not the model that run {spec.name} was trained upon: its "
             "files have changed since, so the adapter does not belong to them. Put the earlier "
@@ -144,8 +145,8 @@ def _merged(call: Caller, training: StageRef, dtype: Precision | None) -> StageR
             "again), or use `--to adapter`"
         )
     assert base.model_dir is not None, "the base model was fetched"
-    name = None if dtype is None else stages.TORCH_NAMES[dtype]
-    merge = stages.merge_ref(training.key, basemodel.key(base.base), name)
+    name = None if dtype is None else stageline.TORCH_NAMES[dtype]
+    merge = stageline.merge_ref(training.key, basemodel.key(base.base), name)
     return _made(call, merge, Work(spec, store, base.model_dir).of_result(training.key))
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from prefect import flow
 
-from ditty import preflight
-from ditty.artifacts import Store
-from ditty.spec import RunSpec
+from ditty.config.spec import RunSpec
+from ditty.planning import preflight
+from ditty.store.artifacts import Store
 from flows import line
 from flows.frame import framed, run_name
 from flows.tasks import Caller
@@ -16,7 +16,7 @@ from flows.tasks import Caller
 def finetune(spec: RunSpec) -> dict[str, Any]:
     """Fine-tune a causal language model as `spec` says; the same name resumes.
 
-    It needs a Prefect API: see `flows.server.local_server`.
+    It needs a Prefect API: see `flows.serving.server.local_server`.
 
     Returns:
         see `flows.line.Prepared.result`.

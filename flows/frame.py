@@ -14,10 +14,10 @@ from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from ditty.artifacts import FLOW_RUN_VARIABLE
+from ditty.store.artifacts import FLOW_RUN_VARIABLE
 from flows.cancel import CancelRequested
-from flows.publish import publish_stages
-from flows.sweep import crash_orphans
+from flows.pages.publish import publish_stages
+from flows.serving.sweep import crash_orphans
 from flows.tasks import Caller
 
 

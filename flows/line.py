@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ditty import datastages, preflight, stages
-from ditty.artifacts import Store
-from ditty.files import GLANCE_SECONDS, FileLock, locked, make_dir, write_json
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
-from ditty.stages import StageLine
+from ditty.config.spec import RunSpec
+from ditty.planning import preflight
+from ditty.runs.rundir import RunDir
+from ditty.stages import datastages, stageline
+from ditty.stages.stageline import StageLine
+from ditty.store.artifacts import Store
+from ditty.store.files import GLANCE_SECONDS, FileLock, locked, make_dir, write_json
 from flows import tasks
 from flows.measure import NOT_CHECKED, failed_gates, gate_error
-from flows.publish import publish_data, publish_lineage
+from flows.pages.publish import publish_data, publish_lineage
 from flows.tasks import Caller
 from flows.training import Work
 
@@ -131,7 +132,7 @@ def base_model(call: Caller, line: StageLine) -> tuple[Path, tuple[Any, ...]]:
 Resolve = Callable[[RunSpec, Store], StageLine]
 
 
-def fetched(call: Caller, line: StageLine, resolve: Resolve = stages.resolve) -> StageLine:
+def fetched(call: Caller, line: StageLine, resolve: Resolve = stageline.resolve) -> StageLine:
     """The line with all keys known: they depend on the tokenizer, which is in the model.
 
     Args:

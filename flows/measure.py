@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from ditty import stages
+from ditty.config.gates import failures
+from ditty.config.spec import EvaluateSpec
 from ditty.errors import GateFailed
-from ditty.files import locked
-from ditty.gates import failures
-from ditty.spec import EvaluateSpec
-from ditty.stages import StageLine
+from ditty.stages import stageline
+from ditty.stages.stageline import StageLine
+from ditty.store.files import locked
 from flows import tasks
-from flows.publish import publish_evaluation, publish_samples
+from flows.pages.publish import publish_evaluation, publish_samples
 from flows.tasks import Caller
 from flows.training import Work
 
@@ -19,7 +19,7 @@ NOT_CHECKED = "evaluate.require was not checked: the run ended before"
 def measure(call: Caller, line: StageLine, work: Work, trained: str | None) -> dict[str, Any]:
     """The held-out loss of one result of this spec; None: of its base model."""
     inputs = line.need("train").inputs
-    ref = stages.evaluate_ref(call.spec, inputs["data"], inputs["model"], trained)
+    ref = stageline.evaluate_ref(call.spec, inputs["data"], inputs["model"], trained)
     with locked(work.run.flow_lock, shared=True):
         call.cached(tasks.evaluate, ref, work.of_result(trained))
     return tasks.evaluation(ref, call.store)
@@ -27,7 +27,7 @@ def measure(call: Caller, line: StageLine, work: Work, trained: str | None) -> d
 
 def score(call: Caller, line: StageLine, work: Work, trained: str | None) -> dict[str, float]:
     """What one result scores in `evaluate.tasks`; None: the base model."""
-    ref = stages.harness_ref(call.spec, line.need("train").inputs["model"], trained)
+    ref = stageline.harness_ref(call.spec, line.need("train").inputs["model"], trained)
     with locked(work.run.flow_lock, shared=True):
         call.cached(tasks.evaluate, ref, work.of_result(trained))
     return tasks.scores(ref, call.store)

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ditty.artifacts import Store, read_manifest, staging_dir
+from ditty.config.spec import RunSpec
 from ditty.errors import ArtifactDamaged, DittyError, RunError, StoreError
-from ditty.files import GLANCE_SECONDS, fsync_path, remove_tree, rename
-from ditty.identity import check_identity
-from ditty.lease import Lease, counting, epoch_of, newest
-from ditty.remote import Remote, final_name
-from ditty.rundir import STEP_NAME, RunDir, best_step, step_name
-from ditty.spec import RunSpec
+from ditty.runs.identity import check_identity
+from ditty.runs.lease import Lease, counting, epoch_of, newest
+from ditty.runs.rundir import STEP_NAME, RunDir, best_step, step_name
+from ditty.store.artifacts import Store, read_manifest, staging_dir
+from ditty.store.files import GLANCE_SECONDS, fsync_path, remove_tree, rename
+from ditty.store.remote import Remote, final_name
 
 POLL_SECONDS = 2.0
 RETRY_SECONDS = 30.0

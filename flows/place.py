@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from ditty import hubpush, stages
-from ditty.remote import Remote
-from ditty.stages import StageRef
+from ditty.results import hubpush
+from ditty.stages import stageline
+from ditty.stages.stageline import StageRef
+from ditty.store.remote import Remote
 from flows import tasks
 from flows.tasks import Caller
 
@@ -40,4 +41,4 @@ def copy_to(call: Caller, made: StageRef, place: str, *, public: bool = False) -
         public: of a repository that is made at the hub.
     """
     folder = call.store.path(made.stage, made.key)
-    call(tasks.export, stages.export_ref(made, place), folder, public)
+    call(tasks.export, stageline.export_ref(made, place), folder, public)

@@ -6,14 +6,16 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from ditty import basemodel, preflight, stages
-from ditty.artifacts import Store, read_manifest
-from ditty.choices import Precision, Quantization
+from ditty.config.choices import Precision, Quantization
+from ditty.config.spec import RunSpec
+from ditty.config.specfile import parse_spec
 from ditty.errors import SpecError
-from ditty.files import locked
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
-from ditty.specfile import parse_spec
+from ditty.planning import preflight
+from ditty.pretrained import basemodel
+from ditty.runs.rundir import RunDir
+from ditty.stages import stageline
+from ditty.store.artifacts import Store, read_manifest
+from ditty.store.files import locked
 from flows import line
 from flows.frame import framed
 from flows.place import checked_place, copy_to
@@ -64,7 +66,7 @@ def _made(call: Caller, out: str | None) -> dict[str, Any]:
     preflight.check_store(store)
     preflight.check_places()
     url = checked_place(out)
-    base = line.fetched(call, stages.resolve_model(spec, store), stages.resolve_model)
+    base = line.fetched(call, stageline.resolve_model(spec, store), stageline.resolve_model)
     assert base.model_dir is not None, "the base model was fetched"
     basemodel.check_folder(base.model_dir, quantize=True)
     run = RunDir.named(spec.name, store.home)

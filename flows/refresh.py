@@ -10,17 +10,19 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, preflight, stages
-from ditty.artifacts import Store
+from ditty.config.spec import ModelSpec, RunSpec, TrainSpec
 from ditty.errors import RunError
-from ditty.promotion import Comparison, InPlace, Promotions, candidate_name
-from ditty.spec import ModelSpec, RunSpec, TrainSpec
+from ditty.planning import preflight
+from ditty.pretrained import basemodel
+from ditty.results.promotion import Comparison, InPlace, Promotions, candidate_name
+from ditty.stages import stageline
+from ditty.store.artifacts import Store
 from flows import line, tasks
-from flows.automations import PROMOTED, tell
 from flows.frame import framed, run_name
 from flows.line import Prepared
 from flows.measure import measure
-from flows.publish import publish_refresh
+from flows.pages.publish import publish_refresh
+from flows.serving.automations import PROMOTED, tell
 from flows.tasks import Caller
 
 
@@ -72,7 +74,7 @@ def _refresh(call: Caller) -> dict[str, Any]:
     run = candidate_name(spec.name, train.key)
     candidate = replace(call, spec=spec.model_copy(update={"name": run}))
     preflight.check_run(candidate.spec, store)
-    prepared = line.train(candidate, stages.resolve(candidate.spec, store))
+    prepared = line.train(candidate, stageline.resolve(candidate.spec, store))
     if current and unchanged:
         why = "neither the data nor the spec has changed: its result is in place already"
         outcome = Outcome(run, train.key, False, why, current.result, None)
@@ -105,7 +107,7 @@ def _compare(
         over=current.train if current else None,
     )
     inputs = train.inputs
-    evaluation = stages.evaluate_ref(call.spec, inputs["data"], inputs["model"], train.key)
+    evaluation = stageline.evaluate_ref(call.spec, inputs["data"], inputs["model"], train.key)
     call(tasks.promote, promotions.ref(pointer, evaluation.key), promotions, pointer)
     why = f"promoted: {comparison}"
     tell(PROMOTED, promotions.name, f"{why}. It is in {pointer.result}")
@@ -120,16 +122,16 @@ def _measure_in_place(
         return measure(call, prepared.line, prepared.work, None)
     spec = _to_load(current, call.spec)
     old = replace(call, spec=spec)
-    base = line.fetched(old, stages.resolve_model(spec, call.store), stages.resolve_model)
+    base = line.fetched(old, stageline.resolve_model(spec, call.store), stageline.resolve_model)
     folder, _ = line.base_model(old, base)
     work = replace(prepared.work, spec=spec, model_dir=folder).of_result(current.train)
-    pack, model = prepared.line.need("pack").key, stages.model_key(base)
-    ref = stages.evaluate_ref(spec, pack, model, current.train)
+    pack, model = prepared.line.need("pack").key, stageline.model_key(base)
+    ref = stageline.evaluate_ref(spec, pack, model, current.train)
     old.cached(tasks.evaluate, ref, work)
     return tasks.evaluation(ref, call.store)
 
 
-def _check_comparable(current: InPlace, found: stages.StageLine, promotions: Promotions) -> None:
+def _check_comparable(current: InPlace, found: stageline.StageLine, promotions: Promotions) -> None:
     """Raise RunError unless what is in place can be measured; its result is in the store then."""
     if current.tokenizer != _tokenizer(found):
         raise RunError(
@@ -163,6 +165,6 @@ def _to_load(current: InPlace, spec: RunSpec) -> RunSpec:
     )
 
 
-def _tokenizer(found: stages.StageLine) -> str:
+def _tokenizer(found: stageline.StageLine) -> str:
     assert found.model_dir is not None, "the base model was fetched"
     return basemodel.tokenizer_digest(found.model_dir)

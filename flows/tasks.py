@@ -9,18 +9,21 @@ from prefect import State, Task, task
 from prefect.blocks.system import Secret
 from prefect.logging import get_run_logger
 
-from ditty import basemodel, datastages, hubpush, launch, share
-from ditty import package as packages
-from ditty.artifacts import MANIFEST, Manifest, Store, read_manifest
-from ditty.files import read_json, write_json
-from ditty.promotion import InPlace, Promotions
-from ditty.remote import Remote, final_name
-from ditty.spec import RunSpec
-from ditty.stages import StageLine, StageRef
+from ditty.config.spec import RunSpec
+from ditty.pretrained import basemodel
+from ditty.processes import launch
+from ditty.results import hubpush
+from ditty.results import package as packages
+from ditty.results.promotion import InPlace, Promotions
+from ditty.stages import datastages, share
+from ditty.stages.stageline import StageLine, StageRef
+from ditty.store.artifacts import MANIFEST, Manifest, Store, read_manifest
+from ditty.store.files import read_json, write_json
+from ditty.store.remote import Remote, final_name
 from flows.caching import Reference, cached, reference
-from flows.costs import StageBook
+from flows.commands.progress import Event, EventState, emit
 from flows.engines import run_shards
-from flows.progress import Event, EventState, emit
+from flows.pages.costs import StageBook
 from flows.slot import training_slot
 from flows.training import Work, passing, retry_delays, run_attempt
 
@@ -57,7 +60,7 @@ def evaluate(ref: StageRef, work: Work) -> Reference:
 
 def evaluation(ref: StageRef, store: Store) -> dict[str, Any]:
     """What `evaluate` has found: loss (nats a supervised token), perplexity, tokens, rows; and
-    samples, see `ditty.evaluate.complete`, where `evaluate.num_samples` asks for some."""
+    samples, see `ditty.training.evaluate.complete`, where `evaluate.num_samples` asks for some."""
     folder = store.path(ref.stage, ref.key)
     found = read_json(folder / "evaluation.json")
     assert found is not None, f"{ref.title} was committed"

@@ -13,25 +13,25 @@ from typing import Any
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
-from ditty import launch
-from ditty.artifacts import Store
-from ditty.environment import resolve_device
+from ditty.config.spec import RunSpec
 from ditty.errors import Crashed
-from ditty.files import read_json, write_json
-from ditty.fit import fitted
-from ditty.lease import Lease, hold
-from ditty.remote import Remote
-from ditty.rundir import CRASH_FILE, RunDir
-from ditty.spec import RunSpec
-from ditty.stages import StageRef
-from ditty.tail import RecordTail
-from ditty.timeleft import RECENT_STEPS, duration, seconds_left
-from flows.automations import STALLED, tell
+from ditty.planning.fit import fitted
+from ditty.processes import launch
+from ditty.processes.environment import resolve_device
+from ditty.runs.lease import Lease, hold
+from ditty.runs.rundir import CRASH_FILE, RunDir
+from ditty.runs.tail import RecordTail
+from ditty.runs.timeleft import RECENT_STEPS, duration, seconds_left
+from ditty.stages.stageline import StageRef
+from ditty.store.artifacts import Store
+from ditty.store.files import read_json, write_json
+from ditty.store.remote import Remote
 from flows.cancel import CancelRequested, CancelWatch
+from flows.commands.progress import Event, EventState, emit
 from flows.mirror import Logger, Mirror, fetch_newer, fetch_result
-from flows.progress import Event, EventState, emit
-from flows.publish import LiveReport
-from flows.report import artifact_key
+from flows.pages.publish import LiveReport
+from flows.pages.report import artifact_key
+from flows.serving.automations import STALLED, tell
 from flows.watch import StallWatch, level_of
 
 REPORT_SECONDS = 10.0

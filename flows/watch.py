@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 
 from ditty.errors import Crashed
-from ditty.files import read_json
-from ditty.signals import STACK_SIGNAL, stack_file
+from ditty.processes.signals import STACK_SIGNAL, stack_file
+from ditty.store.files import read_json
 
 # As `ditty.worker` formats them; rank 1 of torchrun has a prefix.
 LINE = re.compile(r"(?:\[\S+\]:)?(DEBUG|INFO|WARNING|ERROR|CRITICAL) [\w.]+: (.*)")

@@ -75,9 +75,9 @@ def job_raw(args):
 def job_ours(args):
     import transformers  # noqa: F401  (its import is not what is measured)
 
-    from ditty import datastages, stages
-    from ditty.artifacts import Store
-    from ditty.spec import RunSpec
+    from ditty.config.spec import RunSpec
+    from ditty.stages import datastages, stageline
+    from ditty.store.artifacts import Store
 
     here = Path(__file__)
     operations = [{"method": m, "function": f"{here}:{f}"} for m, f in
@@ -95,7 +95,7 @@ def job_ours(args):
     )  # fmt: skip
     store = Store(args.home / "store")
     started = time.perf_counter()
-    line = stages.resolve(spec, store)
+    line = stageline.resolve(spec, store)
     found = {}
     for ref in line.data():
         begun = time.perf_counter()
@@ -178,8 +178,8 @@ def prepare(args):
     """The rows and the tokenizer's folder; a store of an earlier call goes."""
     import shutil
 
-    from ditty.convert import convert_gguf
-    from ditty.demo_model import smollm2
+    from ditty.conversion.convert import convert_gguf
+    from ditty.pretrained.demo_model import smollm2
 
     args.home.mkdir(parents=True, exist_ok=True)
     for name in ("store", "datasets", "trl", "out"):

@@ -6,7 +6,7 @@ Draws a random Llama of the shape of Llama-3.1-8B (16 GB in bf16), and prints, e
 the weights out of the page cache:
 
 - io: reading its files and writing as many bytes as the result has, durably;
-- quantize: `ditty.quantize.quantize` to NF4;
+- quantize: `ditty.quantization.quantize.quantize` to NF4;
 - first step: from the start of the process to the end of one optimizer step of 2,048 tokens; by
   ditty from the quantized folder (whole, and by FSDP2), and by transformers, quantizing at load.
 
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from ditty.shapes import SHAPES
+from ditty.planning.shapes import SHAPES
 
 SOURCE_SHARD_BYTES = 4 << 30
 TOKENS = 2048
@@ -32,7 +32,7 @@ def write_model(folder, size, device, *, empty):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from ditty.bench import draw_model
+    from ditty.speed.bench import draw_model
     from tests.tiny import make_tokenizer
 
     if not empty:
@@ -113,8 +113,8 @@ def job_io(args):
 
 
 def job_quantize(args):
-    import ditty.quantize as module
-    from ditty.choices import Quantization
+    import ditty.quantization.quantize as module
+    from ditty.config.choices import Quantization
 
     imports = peak_gb()
     if args.drawn:
@@ -135,7 +135,7 @@ def _draw_instead(module, device):
     import zlib
     from contextlib import contextmanager
 
-    from ditty.bench import draw
+    from ditty.speed.bench import draw
 
     opened = module.safe_open
 
@@ -156,19 +156,19 @@ def _draw_instead(module, device):
 def job_step(args):
     """From the start of the process to the end of one step."""
     if args.sharding != "peer":
-        from ditty.readahead import read_folder_ahead
+        from ditty.store.readahead import read_folder_ahead
 
         read_folder_ahead(args.out)
     import torch
 
-    from ditty.batches import flat_batch, to_device
-    from ditty.choices import Precision
-    from ditty.evaluate import autocast
-    from ditty.load import load_module
-    from ditty.loss import token_loss_sum
-    from ditty.parallel import make_parallel
-    from ditty.spec import ModelSpec, TrainSpec
-    from ditty.world import join_world
+    from ditty.config.choices import Precision
+    from ditty.config.spec import ModelSpec, TrainSpec
+    from ditty.distributed.load import load_module
+    from ditty.distributed.parallel import make_parallel
+    from ditty.distributed.world import join_world
+    from ditty.models.batches import flat_batch, to_device
+    from ditty.training.evaluate import autocast
+    from ditty.training.loss import token_loss_sum
 
     imports, imported = peak_gb(), since_start()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -209,8 +209,8 @@ def _transformers_module(args):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    from ditty.model import attention_name
-    from ditty.spec import ModelSpec
+    from ditty.config.spec import ModelSpec
+    from ditty.models.model import attention_name
 
     model = AutoModelForCausalLM.from_pretrained(
         args.source, dtype=torch.bfloat16, quantization_config=settings,

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from ditty.benchmark import bench_spec, run_bench
+from ditty.planning.benchmark import bench_spec, run_bench
 
 CKPT = ["train.activation_checkpointing=all"]
 NF4 = ["model.quantization=nf4"]

@@ -66,7 +66,7 @@ def prefect_api() -> Iterator[str]:
 
     It is the one of `ditty run`, so that a killed pytest leaves none behind.
     """
-    from flows.server import is_healthy, local_server
+    from flows.serving.server import is_healthy, local_server
 
     with local_server() as url:
         yield url

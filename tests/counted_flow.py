@@ -12,7 +12,7 @@ from typing import Any
 
 from prefect import flow, task
 
-from ditty.artifacts import Store
+from ditty.store.artifacts import Store
 from flows.caching import cached, reference
 
 

@@ -13,10 +13,10 @@ import peft  # noqa: E402, F401
 import s3fs  # noqa: E402, F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
-import ditty.load  # noqa: E402
-import ditty.trainer  # noqa: E402
-import ditty.worker  # noqa: E402
-import ditty.zero  # noqa: E402, F401
+import ditty.distributed.load  # noqa: E402
+import ditty.distributed.zero  # noqa: E402, F401
+import ditty.training.trainer  # noqa: E402
+import ditty.worker  # noqa: E402, F401
 import flows.mirror  # noqa: E402, F401
 
 # What each process would otherwise do again: a thousand regular expressions, and garbage

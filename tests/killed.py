@@ -18,14 +18,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from ditty import datastages, stages
-from ditty.artifacts import MANIFEST, Store, verify
+from ditty.config.spec import RunSpec
 from ditty.errors import ArtifactDamaged
 from ditty.failpoints import LOG_VARIABLE, VARIABLE
-from ditty.files import locked, read_json, sha256_file, write_json
-from ditty.remote import PROBE, Remote, final_name
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
+from ditty.runs.rundir import RunDir
+from ditty.stages import datastages, stageline
+from ditty.store.artifacts import MANIFEST, Store, verify
+from ditty.store.files import locked, read_json, sha256_file, write_json
+from ditty.store.remote import PROBE, Remote, final_name
 from tests import warm
 from tests.scenarios import Spy, free_port
 
@@ -74,8 +74,8 @@ class Place:
     def run(self) -> RunDir:
         return RunDir.named(self.spec.name, self.store.home)
 
-    def line(self) -> stages.StageLine:
-        return stages.resolve(self.spec, self.store)
+    def line(self) -> stageline.StageLine:
+        return stageline.resolve(self.spec, self.store)
 
 
 def make_data(place: Place) -> None:
@@ -93,23 +93,23 @@ def quantize(place: Place) -> None:
 
 def train(place: Place) -> None:
     """A whole training by the worker, its checkpoints, and its result."""
-    import ditty.feed
+    import ditty.training.feed
 
-    packed_feed = ditty.feed.packed_feed
+    packed_feed = ditty.training.feed.packed_feed
 
     def spied(*args: Any) -> Spy:
         spy = Spy(packed_feed(*args), {})
         spy.seen = _Written(place.home / f"rows-of-rank-{os.environ.get('RANK', 0)}")
         return spy
 
-    ditty.feed.packed_feed = spied
+    ditty.training.feed.packed_feed = spied
     ref = place.line().need("prequantize")
     _worker(place, "train", place.store.path(ref.stage, ref.key))
 
 
 def copy(place: Place) -> None:
     """Checkpoint and result to the target, and from there to another machine."""
-    from ditty.lease import hold
+    from ditty.runs.lease import hold
     from flows.mirror import Mirror, fetch_newer, fetch_result
 
     remote, ref = Remote(place.url), place.line().need("train")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ditty.files import read_json, write_json
+from ditty.store.files import read_json, write_json
 from tests.test_distributed import KEY
 
 WAIT_SECONDS = 300.0  # until we call a process stuck
@@ -26,10 +26,10 @@ WAIT_SECONDS = 300.0  # until we call a process stuck
 DRIVER = """
     import dataclasses, json, sys, time
     from pathlib import Path
-    from ditty.files import write_json
-    from ditty.launch import run_stage
-    from ditty.rundir import RunDir
-    from ditty.specfile import parse_spec
+    from ditty.store.files import write_json
+    from ditty.processes.launch import run_stage
+    from ditty.runs.rundir import RunDir
+    from ditty.config.specfile import parse_spec
 
     job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     spec = parse_spec(job["spec"])
@@ -44,7 +44,7 @@ DRIVER = """
 
 
 class Machine:
-    """One machine's part of a training: `ditty.launch.run_stage` in a process of its own."""
+    """One machine's part of a training: `launch.run_stage` in a process of its own."""
 
     def __init__(
         self, out: Path, job: dict[str, Any], variables: dict[str, str], prefix: Sequence[str] = ()

@@ -12,12 +12,12 @@ from types import TracebackType
 
 import psutil
 
-from ditty.spec import RunSpec
+from ditty.config.spec import RunSpec
 
 ROOT = Path(__file__).parent.parent
 
 FLOW = (
-    "import sys; from ditty.spec import RunSpec; from flows.finetune import finetune; "
+    "import sys; from ditty.config.spec import RunSpec; from flows.finetune import finetune; "
     "finetune(RunSpec.model_validate_json(sys.argv[1]))"
 )
 
@@ -67,13 +67,13 @@ class Holder:
 
     Args:
         path: of the lock.
-        shared: see `ditty.files.FileLock`.
+        shared: see `ditty.store.files.FileLock`.
     """
 
     SCRIPT = """
 import json, sys
 from pathlib import Path
-from ditty.files import locked
+from ditty.store.files import locked
 with locked(Path(sys.argv[1]), shared=sys.argv[2] == "True"):
     print("held", flush=True)
     for order in sys.stdin:
@@ -125,7 +125,7 @@ class Command:
 
     def __init__(self, *arguments: str, **variables: str):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from flows.cli import main; main()", *arguments],
+            [sys.executable, "-c", "from flows.commands.cli import main; main()", *arguments],
             cwd=ROOT,
             env={**os.environ, "TERM": "xterm", "COLUMNS": "200", **variables},
             stdout=subprocess.PIPE,

@@ -16,9 +16,9 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from ditty.artifacts import MANIFEST, commit_dir
-from ditty.remote import Remote
-from ditty.s3 import Patience
+from ditty.store.artifacts import MANIFEST, commit_dir
+from ditty.store.remote import Remote
+from ditty.store.s3 import Patience
 from tests.faultproxy import Fault, FaultProxy
 
 NAME = "run/checkpoints/step_000000200"
@@ -132,7 +132,7 @@ def survive(name: str, proxy: FaultProxy, bucket, patience: Patience, folder: Pa
 PUT_PROGRAM = """
 import sys
 from pathlib import Path
-from ditty.remote import Remote
+from ditty.store.remote import Remote
 Remote(sys.argv[1]).put(Path(sys.argv[2]), sys.argv[3])
 """
 

@@ -111,7 +111,7 @@ def free_port() -> int:
 def _rank(
     path: Path, several: list[dict[str, Any]], device: str, who: tuple[int, int, int]
 ) -> None:
-    from ditty.world import join_world, leave_world
+    from ditty.distributed.world import join_world, leave_world
 
     rank, size, port = who
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -158,15 +158,15 @@ def run(scenario: dict[str, Any], world: Any) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from ditty import errors
-    from ditty.compiled import programs
+    from ditty.config.spec import ModelSpec, TrainSpec
     from ditty.data import read_rows
-    from ditty.feed import packed_feed
-    from ditty.load import load_module
-    from ditty.model import save_trained
-    from ditty.parallel import whole_weights
-    from ditty.rundir import RunDir
-    from ditty.spec import ModelSpec, TrainSpec
-    from ditty.trainer import Place, Trainer
+    from ditty.distributed.load import load_module
+    from ditty.distributed.parallel import whole_weights
+    from ditty.models.model import save_trained
+    from ditty.runs.rundir import RunDir
+    from ditty.training.compiled import programs
+    from ditty.training.feed import packed_feed
+    from ditty.training.trainer import Place, Trainer
 
     if scenario.get("backend"):
         _compile_by(scenario["backend"])
@@ -233,7 +233,7 @@ def _logits(trainer: Any, row: Any) -> Any:
     """What the trained model says of the first document of a row, as it is cut over processes."""
     import torch
 
-    from ditty.attention import generating
+    from ditty.models.attention import generating
 
     model = trainer.parallel.model
     ids = torch.tensor([row["input_ids"][: row["lengths"][0]]], device=trainer.world.device)
@@ -246,7 +246,7 @@ def _logits(trainer: Any, row: Any) -> Any:
 def _held_out(scenario: dict[str, Any], rows: Any, train: Any) -> Any:
     from transformers import AutoTokenizer
 
-    from ditty.evaluate import HeldOut
+    from ditty.training.evaluate import HeldOut
 
     if not scenario.get("evaluate"):
         return None
@@ -267,10 +267,10 @@ def _compile_by(backend: str) -> None:
 
 def _fail_save(failure: dict[str, Any]) -> None:
     """Let this process fail, or die, in the thread that writes the checkpoint of one step."""
-    import ditty.checkpoint
-    from ditty.rundir import step_name
+    import ditty.training.checkpoint
+    from ditty.runs.rundir import step_name
 
-    write = ditty.checkpoint.write_pieces
+    write = ditty.training.checkpoint.write_pieces
 
     def failing(path: Path, pieces: Any) -> None:
         if step_name(failure["step"]) in path.parent.name:
@@ -280,7 +280,7 @@ def _fail_save(failure: dict[str, Any]) -> None:
             raise OSError(28, "No space left on device")
         write(path, pieces)
 
-    ditty.checkpoint.write_pieces = failing
+    ditty.training.checkpoint.write_pieces = failing
 
 
 class PeakMemory:
@@ -333,7 +333,7 @@ class Spy:
         return self.feed.samples(step)
 
     def steps(self, start: int) -> Any:
-        from ditty.batches import collate
+        from ditty.models.batches import collate
 
         micro_batches = self.feed.split.micro_batches(self.feed.order, start)
         for step in count(start):

@@ -23,7 +23,7 @@ from prefect.states import AwaitingRetry
 from tests.processes import ROOT, kill_tree
 from tests.tiny import make_model_folder
 
-COMMAND = "from flows.cli import main; main()"
+COMMAND = "from flows.commands.cli import main; main()"
 
 
 def free_port() -> int:

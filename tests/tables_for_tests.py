@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ditty.tables import write
+from ditty.dataset.tables import write
 
 SCHEMA = pa.schema([(n, pa.list_(pa.int32())) for n in ("input_ids", "labels", "lengths")])
 

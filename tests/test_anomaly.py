@@ -12,14 +12,14 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM
 
-from ditty.anomaly import LEAST_SIGMA, MOST_SKIPPED, StepGuard, robust_z
-from ditty.choices import OnAnomaly
+from ditty.config.choices import OnAnomaly
+from ditty.config.specfile import parse_spec
 from ditty.errors import RunError, RunMismatch, StoreError
-from ditty.identity import check_identity
-from ditty.readout import waits_for_numbers
-from ditty.rundir import RunDir
-from ditty.specfile import parse_spec
-from ditty.stages import training_identity
+from ditty.runs.anomaly import LEAST_SIGMA, MOST_SKIPPED, StepGuard, robust_z
+from ditty.runs.identity import check_identity
+from ditty.runs.rundir import RunDir
+from ditty.stages.stageline import training_identity
+from ditty.training.readout import waits_for_numbers
 from tests.test_specs import MINIMAL
 from tests.test_trainer import StopAt, build, plain_loop, run_trainer, settings, weights
 from tests.tiny import VOCABULARY, make_model_folder, random_rows, tiny_config

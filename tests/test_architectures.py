@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ditty.choices import Quantization
-from ditty.files import read_json
-from ditty.quantize import quantize
+from ditty.config.choices import Quantization
+from ditty.quantization.quantize import quantize
+from ditty.store.files import read_json
 from tests import scenarios
 from tests.architectures import TRAINED, make
 from tests.tables_for_tests import write_rows

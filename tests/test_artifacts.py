@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ditty.artifacts import (
+from ditty.errors import ArtifactDamaged, StoreError
+from ditty.store.artifacts import (
     MADE_BY,
     MANIFEST,
     Manifest,
@@ -20,8 +21,7 @@ from ditty.artifacts import (
     staging_dir,
     verify,
 )
-from ditty.errors import ArtifactDamaged, StoreError
-from ditty.files import FileLock, canonical_json, make_dir, write_atomic
+from ditty.store.files import FileLock, canonical_json, make_dir, write_atomic
 
 
 def make(final: Path, **files: str) -> Manifest:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ditty.artifacts import MANIFEST, Store
-from ditty.files import write_json
-from ditty.remote import Remote
-from ditty.rundir import RunDir
-from flows.cli import app
+from ditty.runs.rundir import RunDir
+from ditty.store.artifacts import MANIFEST, Store
+from ditty.store.files import write_json
+from ditty.store.remote import Remote
+from flows.commands.cli import app
 from tests.remotes import bucket, committed, contents, moto_url, s3_env  # noqa: F401
 
 PACK, TRAIN = "a" * 64, "b" * 64

@@ -13,8 +13,8 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient
 
 from ditty.errors import SpecError
-from flows import automations
-from flows.automations import PROMOTED, STALLED, tell
+from flows.serving import automations
+from flows.serving.automations import PROMOTED, STALLED, tell
 
 
 @pytest.fixture

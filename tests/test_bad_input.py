@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from ditty import datastages, preflight, stages
-from ditty.artifacts import Store, read_manifest
+from ditty.config.spec import RunSpec
 from ditty.errors import DataError, ModelError, RemoteError, RunMismatch, SpecError, StoreError
-from ditty.files import locked, make_dir, write_json
-from ditty.plan import make_plan
-from ditty.preflight import spec_differences
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
+from ditty.planning import preflight
+from ditty.planning.plan import make_plan
+from ditty.planning.preflight import spec_differences
+from ditty.runs.rundir import RunDir
+from ditty.stages import datastages, stageline
+from ditty.store.artifacts import Store, read_manifest
+from ditty.store.files import locked, make_dir, write_json
 from tests.tiny import make_model_folder, make_tokenizer, tiny_config
 
 GOOD_ROWS = [
@@ -93,7 +94,7 @@ def test_a_plan_says_that_a_step_which_may_be_skipped_waits(tmp_path):
 def test_a_plan_says_where_the_memory_of_a_gpu_goes(tmp_path, monkeypatch):
     assert make_plan(make_spec(tmp_path), Store()).memory == ""
     for module in ("plan", "fit"):
-        monkeypatch.setattr(f"ditty.{module}.resolve_device", lambda _: "cuda")
+        monkeypatch.setattr(f"ditty.planning.{module}.resolve_device", lambda _: "cuda")
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho 16384\necho 24576\n")
@@ -167,7 +168,7 @@ def test_a_few_bad_rows_are_kept_beside_the_good_ones(tmp_path, no_process):
     lines[7] = '{"messages": null}'
     rows = "\n".join(lines)
     facts = prepare(make_spec(tmp_path, rows))
-    line = stages.resolve(make_spec(tmp_path, rows), Store())
+    line = stageline.resolve(make_spec(tmp_path, rows), Store())
     for stage, position in (("load", "line 7"), ("tokenize", "row 6")):
         assert sum(facts[stage]["quarantined"].values()) == 1
         folder = Store().path(stage, line.need(stage).key)
@@ -241,8 +242,8 @@ def test_unwritable_store(tmp_path, no_process, monkeypatch):
 
 
 def test_no_gpu(tmp_path, no_process):
-    from ditty.environment import resolve_device
-    from ditty.spec import LaunchSpec
+    from ditty.config.spec import LaunchSpec
+    from ditty.processes.environment import resolve_device
 
     if resolve_device(LaunchSpec()) == "cuda":
         pytest.skip("there is a GPU")
@@ -289,7 +290,7 @@ def test_a_name_that_is_taken_by_another_spec(tmp_path, no_process, figure):
 def ditty(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":
     import os
 
-    code = "from flows.cli import main; main()"
+    code = "from flows.commands.cli import main; main()"
     environment = {**os.environ, "DITTY_HOME": str(home)}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -303,7 +304,7 @@ def ditty(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":
 def test_a_prefect_server_that_goes_away_is_no_traceback(monkeypatch, capsys):
     import httpx
 
-    from flows import cli
+    from flows.commands import cli
 
     def gone() -> None:
         raise httpx.ConnectError("All connection attempts failed")
@@ -317,7 +318,7 @@ def test_a_prefect_server_that_goes_away_is_no_traceback(monkeypatch, capsys):
 def test_what_cannot_be_is_refused_before_prefect_or_torch(tmp_path, home, monkeypatch):
     from typer.testing import CliRunner
 
-    from flows import cli
+    from flows.commands import cli
 
     def refuse(*arguments: Any, **_: Any) -> None:
         pytest.fail(f"started {arguments}")

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ditty import tables
-from ditty.dataspec import DataSpec
+from ditty.config.dataspec import DataSpec
+from ditty.dataset import tables
+from ditty.dataset.sources import identify, load
 from ditty.errors import DataError
-from ditty.sources import identify, load
 from tests.test_sources import write
 
 
@@ -153,7 +153,7 @@ def test_bad_rows_of_several_columnar_files(tmp_path, suffix):
 
 
 def test_bad_rows_of_a_csv(tmp_path, monkeypatch):
-    monkeypatch.setattr("ditty.columnar.CSV_BLOCK_BYTES", 1000)  # many batches
+    monkeypatch.setattr("ditty.dataset.columnar.CSV_BLOCK_BYTES", 1000)  # many batches
     lines = [b'"text\n%d",%d' % (n, n) for n in range(2, 1002)]
     for number, line in {2: b"a", 500: b"b,\xff", 501: b"b,1,1", 1001: b"c"}.items():
         lines[number - 2] = line

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ditty import basemodel
-from ditty.artifacts import Store
-from ditty.basemodel import Kind, fetch, identify, key, locate
 from ditty.errors import ModelError, SpecError
+from ditty.pretrained import basemodel
+from ditty.pretrained.basemodel import Kind, fetch, identify, key, locate
+from ditty.store.artifacts import Store
 
 from .fake_hub import COMMIT, REPO, FakeHub, fake_hub
 
@@ -137,7 +137,7 @@ def test_revision_of_a_path(folder: Path) -> None:
 
 def test_imports_neither_torch_nor_the_hub() -> None:
     code = (
-        "import sys; import ditty.basemodel, ditty.demo_model; "
+        "import sys; import ditty.pretrained.basemodel, ditty.pretrained.demo_model; "
         "print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

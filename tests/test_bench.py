@@ -3,10 +3,10 @@
 import pytest
 from typer.testing import CliRunner
 
-from ditty.benchmark import LEAST_STEPS, bench_spec, run_bench
 from ditty.errors import SpecError
-from ditty.shapes import SHAPES
-from flows.cli import app
+from ditty.planning.benchmark import LEAST_STEPS, bench_spec, run_bench
+from ditty.planning.shapes import SHAPES
+from flows.commands.cli import app
 from tests import warm
 
 SMALL = ["data.seq_len=64", f"train.max_steps={LEAST_STEPS}", "train.precision=fp32"]

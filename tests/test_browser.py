@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from ditty.rundir import RunDir
+from ditty.runs.rundir import RunDir
 from tests.served import Serving, serving, tiny_spec
 
 CHROMIUM = shutil.which("chromium")

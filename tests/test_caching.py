@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from prefect.serializers import PickleSerializer
 
-from ditty.artifacts import Store
+from ditty.store.artifacts import Store
 from flows.caching import StageLocks, cache_key, stage_cache_policy
 from tests.faultproxy import flipped
 
@@ -185,7 +185,7 @@ def test_artifact_that_the_library_made_is_a_hit_for_the_body_only(line: Line) -
 
 
 def test_an_artifact_is_hashed_once_a_hit(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ditty import artifacts
+    from ditty.store import artifacts
 
     line.run()
     verified = []

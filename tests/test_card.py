@@ -10,13 +10,13 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import GenerationConfig
 
-from ditty import stages
-from ditty.artifacts import Store
-from ditty.choices import ExportTo
-from ditty.files import sha256_bytes, write_json
-from ditty.package import GENERATION_CONFIG, generation_config, learned_ends
-from ditty.rundir import RunDir, append_record
-from ditty.spec import RunSpec
+from ditty.config.choices import ExportTo
+from ditty.config.spec import RunSpec
+from ditty.results.package import GENERATION_CONFIG, generation_config, learned_ends
+from ditty.runs.rundir import RunDir, append_record
+from ditty.stages import stageline
+from ditty.store.artifacts import Store
+from ditty.store.files import sha256_bytes, write_json
 from flows.card import card_files
 from tests.served import tiny_spec
 from tests.tiny import make_tokenizer, random_rows
@@ -139,9 +139,12 @@ def test_generation_stops_where_the_model_does(
 
 
 def test_the_key_of_a_package() -> None:
-    from ditty.package import package_ref
+    from ditty.results.package import package_ref
 
-    merge = stages.merge_ref("a", "b")
+    merge = stageline.merge_ref("a", "b")
     refs = [package_ref(merge, {"README.md": b"1"}), package_ref(merge, {"README.md": b"2"})]
-    refs += [package_ref(stages.merge_ref("a", "c"), {"README.md": b"1"}), package_ref(merge, {})]
+    refs += [
+        package_ref(stageline.merge_ref("a", "c"), {"README.md": b"1"}),
+        package_ref(merge, {}),
+    ]
     assert len({ref.key for ref in refs}) == 4

@@ -10,13 +10,14 @@ from typing import Any, get_args
 
 import pytest
 
-from ditty import preflight, stages
-from ditty.artifacts import Store
+from ditty.config.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
 from ditty.errors import RunMismatch
-from ditty.files import make_dir, write_json
-from ditty.identity import GUARD_KEYS, check_identity
-from ditty.rundir import RunDir
-from ditty.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
+from ditty.planning import preflight
+from ditty.runs.identity import GUARD_KEYS, check_identity
+from ditty.runs.rundir import RunDir
+from ditty.stages import stageline
+from ditty.store.artifacts import Store
+from ditty.store.files import make_dir, write_json
 from tests.test_bad_input import make_spec
 
 SECTIONS = {"data": DataSpec, "model": ModelSpec, "train": TrainSpec}
@@ -88,7 +89,7 @@ def test_every_key_that_changes_the_weights_is_seen(
 ) -> None:
     """By the identity of a checkpoint, and by the run's name before anything starts."""
     spec, store = make_spec(tmp_path), Store(home)
-    was = stages.resolve(spec, store).need("train").inputs
+    was = stageline.resolve(spec, store).need("train").inputs
     run = RunDir.named(spec.name, home)
     write_json(make_dir(run.root) / "spec.json", spec.model_dump(mode="json"))
     run.new_attempt("train")  # before it another spec may take the name
@@ -96,7 +97,7 @@ def test_every_key_that_changes_the_weights_is_seen(
     for key, section in changes(spec):
         values = {**spec.model_dump(mode="json"), key.partition(".")[0]: section}
         changed = RunSpec.model_validate(values)
-        now = stages.resolve(changed, store).need("train").inputs
+        now = stageline.resolve(changed, store).need("train").inputs
         seen = now != was
         assert seen == (key not in HARMLESS), f"{key}: the identity of a checkpoint"
         if seen:

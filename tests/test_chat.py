@@ -11,15 +11,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from ditty import stages, talk
-from ditty.artifacts import Store
-from ditty.choices import Precision
+from ditty.config.choices import Precision
+from ditty.config.spec import RunSpec
 from ditty.errors import RunError
-from ditty.files import make_dir, write_json
-from ditty.model import load_base, prepare_model, save_trained, trainable
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
-from flows.cli import app
+from ditty.evaluation import talk
+from ditty.models.model import load_base, prepare_model, save_trained, trainable
+from ditty.runs.rundir import RunDir
+from ditty.stages import stageline
+from ditty.store.artifacts import Store
+from ditty.store.files import make_dir, write_json
+from flows.commands.cli import app
 from tests.tiny import make_model_folder, make_tokenizer, tiny_config
 
 MESSAGES = ["hello there", "and now?"]
@@ -45,7 +46,7 @@ def finished_run(tmp_path, store, adapter="lora", template=True) -> tuple[RunSpe
     weights = {n: torch.randn_like(p) * 0.1 for n, p in trainable(module).items()}
     facts = {
         "stage": "train",
-        "inputs": {"model": stages.model_key(stages.resolve_model(spec, store))},
+        "inputs": {"model": stageline.model_key(stageline.resolve_model(spec, store))},
     }
     with store.commit("train", "a" * 64, facts) as out:
         save_trained(module, weights, str(folder), out)
@@ -141,13 +142,13 @@ def test_the_command_hands_over_to_a_process_with_torch(tmp_path, home, monkeypa
     spec = {"name": "mine", "data": {"source": "a"}, "model": {"base_model": "b"}}
     write_json(RunDir.named("mine", home).trained_file, {"train": "key", "spec": spec})
     assert CliRunner().invoke(app, ["chat", "mine", "--max-tokens", "8"]).exit_code == 3
-    assert calls == [[sys.executable, "-m", "ditty.talk", "mine", "8", "0.0"]]
+    assert calls == [[sys.executable, "-m", "ditty.evaluation.talk", "mine", "8", "0.0"]]
 
 
 @pytest.mark.slow
 def test_a_conversation_through_stdin_of_the_real_command(tmp_path, home):
     spec, trained = finished_run(tmp_path, Store())
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "chat", "mine"]
+    command = [sys.executable, "-c", "from flows.commands.cli import main; main()", "chat", "mine"]
     lines = "".join(f"{line}\n" for line in MESSAGES)
     done = subprocess.run(
         [*command, "--max-tokens", "8"], input=lines, capture_output=True, text=True, timeout=300

@@ -6,13 +6,15 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from ditty import stages, tables, worker
-from ditty.artifacts import Store
+from ditty import worker
+from ditty.config.spec import RunSpec
+from ditty.config.specfile import load_spec, parse_spec
+from ditty.dataset import tables
 from ditty.errors import DataError, SpecError
-from ditty.files import locked
-from ditty.rundir import Status
-from ditty.spec import RunSpec
-from ditty.specfile import load_spec, parse_spec
+from ditty.runs.rundir import Status
+from ditty.stages import stageline
+from ditty.store.artifacts import Store
+from ditty.store.files import locked
 from flows.training import Work
 from tests.test_bad_input import GOOD_ROWS, make_spec, prepare
 from tests.tiny import make_model_folder, make_tokenizer
@@ -42,7 +44,7 @@ def template_file(tmp_path: Path) -> Path:
 
 
 def keys(spec: RunSpec) -> dict[str, str]:
-    return {ref.stage: ref.key for ref in stages.resolve(spec, Store()).refs}
+    return {ref.stage: ref.key for ref in stageline.resolve(spec, Store()).refs}
 
 
 def test_a_templates_text_is_in_the_spec_and_its_key(tmp_path, template_file, monkeypatch):
@@ -65,7 +67,7 @@ def test_what_is_trained_carries_its_template(tmp_path, template_file, base):
     """The base has no template, or another: the result and the merged model have the spec's."""
     spec, store = load_spec(spec_file(tmp_path, "chat.jinja", base)), Store()
     prepare(spec)
-    line = stages.resolve(spec, store)
+    line = stageline.resolve(spec, store)
     tokens, pack, train = (line.need(stage) for stage in ("tokenize", "pack", "train"))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
     theirs.chat_template = TEMPLATE
@@ -76,11 +78,11 @@ def test_what_is_trained_carries_its_template(tmp_path, template_file, base):
 
     work = Work(spec, store, line.model_dir, store.path("pack", pack.key))
     assert do("train", train, work, tmp_path / "attempt") == TEMPLATE
-    merge = stages.merge_ref(train.key, stages.model_key(line))
+    merge = stageline.merge_ref(train.key, stageline.model_key(line))
     assert do("merge", merge, work.of_result(train.key), tmp_path / "merging") == TEMPLATE
 
 
-def do(stage: str, ref: stages.StageRef, work: Work, attempt: Path) -> str:
+def do(stage: str, ref: stageline.StageRef, work: Work, attempt: Path) -> str:
     """Run a stage in this process; the chat template of what it has made."""
     attempt.mkdir()
     job = worker.Job(**{**work.job(ref), "spec": work.spec, "home": work.store.home,

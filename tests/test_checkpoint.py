@@ -14,15 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ditty import checkpoint
-from ditty import pieces as pieces_module
-from ditty.checkpoint import Checkpointer, optimizer_states, shard_tensors
+from ditty.config.spec import TrainSpec
+from ditty.distributed.parallel import Part, Replicated
+from ditty.distributed.world import single
 from ditty.errors import RunMismatch, StoreError
-from ditty.parallel import Part, Replicated
-from ditty.pieces import Pieces, piece_name, write_pieces
-from ditty.rundir import RunDir
-from ditty.spec import TrainSpec
-from ditty.world import single
+from ditty.runs.rundir import RunDir
+from ditty.training import checkpoint
+from ditty.training import pieces as pieces_module
+from ditty.training.checkpoint import Checkpointer, optimizer_states, shard_tensors
+from ditty.training.pieces import Pieces, piece_name, write_pieces
 from tests import scenarios
 from tests.tables_for_tests import write_rows
 from tests.test_trainer import build, run_trainer, settings
@@ -322,9 +322,9 @@ def folder(root):
 
 def test_a_run_saved_before_fp16_took_its_first_step_resumes(folder, tmp_path, monkeypatch):
     """While the loss scale is too high steps are skipped, and the optimizer has no state yet."""
-    import ditty.parallel
+    import ditty.distributed.parallel
 
-    monkeypatch.setattr(ditty.parallel, "LOSS_SCALE_START", 2.0**28)
+    monkeypatch.setattr(ditty.distributed.parallel, "LOSS_SCALE_START", 2.0**28)
     # Half of it a step, until gradients fit fp16.
     changes = {"precision": "fp16", "micro_batch_size": 1, "gradient_accumulation_steps": 2}
     train = settings(max_steps=20, save_steps=100, **changes)

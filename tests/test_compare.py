@@ -5,13 +5,13 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from ditty.artifacts import Store
-from ditty.compare import compare
+from ditty.config.specfile import parse_spec
 from ditty.errors import RunError
-from ditty.files import write_json
-from ditty.rundir import RunDir, append_record
-from ditty.specfile import parse_spec
-from flows.cli import app
+from ditty.results.compare import compare
+from ditty.runs.rundir import RunDir, append_record
+from ditty.store.artifacts import Store
+from ditty.store.files import write_json
+from flows.commands.cli import app
 
 
 def make_run(home, name, losses, **train):

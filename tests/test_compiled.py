@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ditty import compiled, trainer
-from ditty.attention import forward_kwargs
-from ditty.batches import QUARTERS, Bounds, collate, fill_up
-from ditty.choices import Precision, Quantization
+from ditty.config.choices import Precision, Quantization
+from ditty.config.legal import Strategy, problems
+from ditty.config.spec import ModelSpec, RunSpec, TrainSpec
 from ditty.data import read_rows
+from ditty.distributed.load import load_module
+from ditty.distributed.world import single
 from ditty.errors import ModelError
-from ditty.feed import LoaderFeed, packed_feed, row_bounds
-from ditty.legal import Strategy, problems
-from ditty.load import load_module
-from ditty.model import load_base
-from ditty.quantize import quantize
-from ditty.rundir import RunDir
-from ditty.spec import ModelSpec, RunSpec, TrainSpec
-from ditty.trainer import Place, Trainer
-from ditty.world import single
+from ditty.models.attention import forward_kwargs
+from ditty.models.batches import QUARTERS, Bounds, collate, fill_up
+from ditty.models.model import load_base
+from ditty.quantization.quantize import quantize
+from ditty.runs.rundir import RunDir
+from ditty.training import compiled, trainer
+from ditty.training.feed import LoaderFeed, packed_feed, row_bounds
+from ditty.training.trainer import Place, Trainer
 from tests import scenarios
 from tests.tables_for_tests import write_rows
 from tests.tiny import make_model_folder, random_rows

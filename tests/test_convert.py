@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from ditty.convert import convert_gguf
+from ditty.conversion.convert import convert_gguf
 from ditty.errors import ModelError
-from ditty.modelfolder import check_folder
+from ditty.pretrained.modelfolder import check_folder
 
 from .tiny import CHATML, make_tokenizer, tiny_config
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditty.artifacts import MANIFEST
-from ditty.checkpoint import Checkpointer
-from ditty.parallel import whole_weights
-from ditty.rundir import RunDir
-from ditty.world import single
+from ditty.distributed.parallel import whole_weights
+from ditty.distributed.world import single
+from ditty.runs.rundir import RunDir
+from ditty.store.artifacts import MANIFEST
+from ditty.training.checkpoint import Checkpointer
 from tests.faultproxy import flipped
 from tests.test_trainer import run_trainer, settings
 from tests.tiny import make_model_folder

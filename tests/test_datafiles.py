@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ditty.dataspec import DataSpec
+from ditty.config.dataspec import DataSpec
+from ditty.dataset.sources import identify
 from ditty.errors import DataError
-from ditty.sources import identify
 from tests.test_bad_rows import quarantined
 from tests.test_sources import FILLED, ROWS, loaded, write
 

@@ -13,13 +13,13 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from ditty import datastages, stages
-from ditty.artifacts import Store
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
-from ditty.tokenization import load_tokenizer
-from flows.datareport import MadeStage, data_markdown, made_stages
-from flows.publish import publish_data
+from ditty.config.spec import RunSpec
+from ditty.dataset.tokenization import load_tokenizer
+from ditty.runs.rundir import RunDir
+from ditty.stages import datastages, stageline
+from ditty.store.artifacts import Store
+from flows.pages.datareport import MadeStage, data_markdown, made_stages
+from flows.pages.publish import publish_data
 from tests.tiny import make_model_folder
 
 TEXTS = [*(f"{'word ' * (n % 90)}{n}" for n in range(300)), *(["no"] * 40), *([""] * 5)]
@@ -40,7 +40,7 @@ SPEC: dict[str, Any] = {
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> tuple[stages.StageLine, RunSpec]:
+def made(tmp_path: Path) -> tuple[stageline.StageLine, RunSpec]:
     lines = [BAD.get(n, json.dumps({"text": text})) for n, text in enumerate(TEXTS)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     (tmp_path / "ops.py").write_text("def keep(row):\n    return row['text'] != 'no'\n")
@@ -50,7 +50,7 @@ def made(tmp_path: Path) -> tuple[stages.StageLine, RunSpec]:
     model = {"base_model": str(make_model_folder(tmp_path / "model"))}
     spec = RunSpec.model_validate({**SPEC, "data": SPEC["data"] | source, "model": model})
     store = Store()
-    line = stages.resolve(spec, store)
+    line = stageline.resolve(spec, store)
     for ref in line.data():
         datastages.build_data(ref, line, spec, store)
     return line, spec
@@ -62,7 +62,7 @@ def cells(report: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_every_row_is_accounted_for(made: tuple[stages.StageLine, RunSpec]) -> None:
+def test_every_row_is_accounted_for(made: tuple[stageline.StageLine, RunSpec]) -> None:
     line, spec = made
     store = Store()
     report = data_markdown(spec.name, made_stages(line, store), picture=False)
@@ -115,7 +115,7 @@ def test_bars_and_titles_are_bounded() -> None:
 
 
 def test_it_is_on_the_page_of_the_run_and_in_its_directory(
-    prefect_api: str, home: Path, made: tuple[stages.StageLine, RunSpec]
+    prefect_api: str, home: Path, made: tuple[stageline.StageLine, RunSpec]
 ) -> None:
     line, spec = made
     store = Store()

@@ -24,16 +24,17 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterName
 from prefect.client.schemas.objects import TaskRun
 
-from ditty import datashards, datastages, preflight, stages
-from ditty.artifacts import Manifest, Store, read_manifest
-from ditty.dataspec import DataSpec
+from ditty.config.dataspec import DataSpec
+from ditty.config.spec import RunSpec
 from ditty.errors import DataError, RowError, SpecError
-from ditty.files import locked, write_json
-from ditty.plan import make_plan
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
+from ditty.planning import preflight
+from ditty.planning.plan import make_plan
+from ditty.runs.rundir import RunDir
+from ditty.stages import datashards, datastages, stageline
+from ditty.store.artifacts import Manifest, Store, read_manifest
+from ditty.store.files import locked, write_json
 from flows import tasks
-from flows.progress import EventState, listen
+from flows.commands.progress import EventState, listen
 from flows.tasks import Caller
 from tests.processes import ROOT
 from tests.tiny import make_model_folder
@@ -73,7 +74,7 @@ def spec_of(place: Path, **data: Any) -> RunSpec:
 
 def made(spec: RunSpec, store: Store, run: datashards.Run = datashards.in_turn) -> Manifest:
     """The artifact of `tokenize`, and those before it."""
-    line = stages.resolve(spec, store)
+    line = stageline.resolve(spec, store)
     for ref in line.data()[:2]:
         manifest = datastages.build_data(ref, line, spec, store, run)
     return manifest
@@ -87,14 +88,14 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         spec = spec_of(place, eval_max_rows=limit)
         store = Store(tmp_path_factory.mktemp("whole"))
         manifest = made(spec, store)
-        found[limit] = (stages.resolve(spec, store).need("tokenize").key, manifest)
+        found[limit] = (stageline.resolve(spec, store).need("tokenize").key, manifest)
     return found
 
 
 @flow(name="data", validate_parameters=False)
 def data_flow(spec: RunSpec, store: Store) -> list[str]:
     """The stages up to `tokenize`; how the last one ended."""
-    line, ended = stages.resolve(spec, store), []
+    line, ended = stageline.resolve(spec, store), []
     with listen(lambda event: ended.append(event.state)):
         for ref in line.data()[:2]:
             Caller.of(spec, store).cached(tasks.make_data, ref, line, spec, store)
@@ -238,7 +239,7 @@ def passes(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_one_was_made_twice(spec: RunSpec, home: Path, expected: Manifest) -> None:
-    key = stages.resolve(spec, Store(home)).need("tokenize").key
+    key = stageline.resolve(spec, Store(home)).need("tokenize").key
     assert contents(read_manifest(Store(home).path("tokenize", key))) == contents(expected)
     assert sorted(shards_begun(home / "passes.log").values()) == [1, 1, 1, 2]
 
@@ -308,7 +309,7 @@ def test_shards_change_neither_the_key_nor_a_byte(
 
     key, expected = whole[limit]
     assert contents(made(spec, store, run)) == contents(expected)
-    assert stages.resolve(spec, store).need("tokenize").key == key
+    assert stageline.resolve(spec, store).need("tokenize").key == key
     assert len(seen) == min(shards, 5) and sum(seen) == ROWS and min(seen[:-1]) >= 1000
     facts = expected.facts
     assert facts["quarantined"] and facts["dropped"] and facts["truncated"] and facts["eval_rows"]
@@ -357,7 +358,7 @@ def test_shards_that_nobody_went_on_with_are_removed(place: Path, home: Path) ->
     left(shards=3)  # of the stage that is made below with two
     for shard in old | running:
         os.utime(shard / "manifest.json", (time.time() - 90_000,) * 2)
-    key = stages.resolve(spec_of(place, seq_len=40), store).need("tokenize").key
+    key = stageline.resolve(spec_of(place, seq_len=40), store).need("tokenize").key
     with locked(store.lock("tokenize", key).path):
         made(spec_of(place, shards=2), store)
     assert len(old) == 2 and set((home / "store" / "shard").iterdir()) == running | new
@@ -388,7 +389,7 @@ def test_a_worker_that_does_not_see_the_rows_says_so(place: Path, home: Path) ->
 
 
 def test_a_shard_is_known_by_its_rows(place: Path, home: Path) -> None:
-    ref = stages.resolve(spec_of(place), Store(home)).need("tokenize")
+    ref = stageline.resolve(spec_of(place), Store(home)).need("tokenize")
     two, four = datashards.divide(ref, 4000, 2), datashards.divide(ref, 4000, 4)
     assert [r.inputs["rows"] for r in two] == [[0, 2000], [2000, 4000]]
     assert [r.inputs["rows"] for r in four] == [[n, n + 1000] for n in range(0, 4000, 1000)]

@@ -15,7 +15,7 @@ from tests.test_kills import adapter_hash, committed, moments
 
 pytestmark = pytest.mark.slow
 
-DEMO = "import sys; sys.argv = ['ditty', 'demo']; from flows.cli import main; main()"
+DEMO = "import sys; sys.argv = ['ditty', 'demo']; from flows.commands.cli import main; main()"
 
 
 def start_demo(home: Path, output: Path) -> "subprocess.Popen[bytes]":

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ditty import demo_model
-from ditty.demo_model import smollm2
 from ditty.errors import ModelError
+from ditty.pretrained import demo_model
+from ditty.pretrained.demo_model import smollm2
 
 from .fake_hub import FakeHub, fake_hub, use_endpoint
 

@@ -15,12 +15,12 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from ditty import launch
-from ditty.artifacts import Store
+from ditty.config.spec import ModelSpec
+from ditty.config.specfile import parse_spec
 from ditty.errors import Crashed
-from ditty.rundir import RunDir, Status, read_result
-from ditty.spec import ModelSpec
-from ditty.specfile import parse_spec
+from ditty.processes import launch
+from ditty.runs.rundir import RunDir, Status, read_result
+from ditty.store.artifacts import Store
 from flows import watch
 from flows.watch import StallWatch
 from tests.tables_for_tests import write_rows

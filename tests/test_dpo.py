@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deployments.dpo import BETA, Dpo
-from ditty.choices import Sampling
+from ditty.config.choices import Sampling
 from ditty.errors import SpecError
-from ditty.rundir import RunDir
-from ditty.sampler import SampleOrder
+from ditty.runs.rundir import RunDir
+from ditty.training.sampler import SampleOrder
 from tests.tiny import make_model_folder, make_tokenizer
 
 STEPS, PAIRS, RATE = 6, 4, 5e-3

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from ditty.dataset.tokenization import load_tokenizer
 from ditty.errors import DataError
-from ditty.tokenization import load_tokenizer
 from tests.tokenized import messages, run, supervised
 from tests.tokenizers_for_tests import CHATML, MARKED, train_tokenizer
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ditty import environment
-from ditty.choices import Device
-from ditty.environment import child_environment, resolve_device
+from ditty.config.choices import Device
+from ditty.config.spec import LaunchSpec
 from ditty.errors import SpecError
-from ditty.spec import LaunchSpec
+from ditty.processes import environment
+from ditty.processes.environment import child_environment, resolve_device
 
 CPU = LaunchSpec(device=Device.CPU)
 
@@ -91,7 +91,7 @@ def test_threads(
 
 def test_the_child_finds_the_same_ditty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    root = str(Path(environment.__file__).parent.parent)
+    root = str(Path(environment.__file__).parents[2])
     assert child_environment(CPU)["PYTHONPATH"].split(os.pathsep) == [root, "/elsewhere"]
 
 

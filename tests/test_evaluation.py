@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ditty.trainer
+import ditty.training.trainer
+from ditty.config.spec import ModelSpec, TrainSpec
+from ditty.config.specfile import parse_spec
+from ditty.distributed.load import load_module
+from ditty.distributed.world import single
 from ditty.errors import ArtifactDamaged, RunError, RunMismatch, SpecError
-from ditty.evaluate import HeldOut
-from ditty.load import load_module
-from ditty.rundir import RunDir
-from ditty.spec import ModelSpec, TrainSpec
-from ditty.specfile import parse_spec
-from ditty.trainer import Place, Trainer
-from ditty.world import single
+from ditty.runs.rundir import RunDir
+from ditty.training.evaluate import HeldOut
+from ditty.training.trainer import Place, Trainer
 from tests.test_evaluation_shardings import HELD_OUT, STOPS, TRAIN, root, word_tokenizer  # noqa: F401
 from tests.test_trainer import feed_of
 from tests.tiny import random_rows
@@ -38,10 +38,10 @@ class Here:
 
         def evaluate(trainer, step):
             loss = losses[step // every]
-            self.monkeypatch.setattr(ditty.trainer, "held_out_loss", lambda *_: (loss, 1))
+            self.monkeypatch.setattr(ditty.training.trainer, "held_out_loss", lambda *_: (loss, 1))
             return EVALUATE(trainer, step)
 
-        self.monkeypatch.setattr(ditty.trainer.Trainer, "evaluate", evaluate)
+        self.monkeypatch.setattr(ditty.training.trainer.Trainer, "evaluate", evaluate)
 
     def trainer(self, name="run", *, held_out=HELD_OUT, tokenizer=None, **train):
         settings = TrainSpec(**{**TRAIN, "eval_steps": 1, "save_steps": 1, **train})

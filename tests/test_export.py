@@ -14,20 +14,20 @@ from prefect.blocks.system import Secret
 from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner
 
-from ditty import stages
-from ditty.artifacts import Store, verify
-from ditty.choices import ExportTo, Precision, Quantization
+from ditty.config.choices import ExportTo, Precision, Quantization
+from ditty.config.spec import RunSpec
+from ditty.conversion.ggufexport import FILE
 from ditty.errors import DittyError, RemoteDenied, RemoteError, RunError, SpecError
-from ditty.files import write_json
-from ditty.ggufexport import FILE
-from ditty.lineage import Node, lineage
-from ditty.quantize import quantize
-from ditty.remote import Remote, final_name
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
-from flows.cli import app
+from ditty.quantization.quantize import quantize
+from ditty.results.lineage import Node, lineage
+from ditty.runs.rundir import RunDir
+from ditty.stages import stageline
+from ditty.store.artifacts import Store, verify
+from ditty.store.files import write_json
+from ditty.store.remote import Remote, final_name
+from flows.commands.cli import app
+from flows.commands.progress import Event, EventState, listen
 from flows.export import export
-from flows.progress import Event, EventState, listen
 from flows.tasks import TOKEN_BLOCK
 from tests.architectures import rewrite
 from tests.push_hub import TOKEN, push_hub
@@ -150,16 +150,18 @@ def test_a_place_is_refused_before_anything_is_made_for_it(made: Path, tmp_path:
 
 
 def test_the_key_of_a_merge() -> None:
-    first = stages.merge_ref("a", "b")
-    others = [stages.merge_ref("x", "b"), stages.merge_ref("a", "x")]
-    others += [stages.merge_ref("a", "b", "bfloat16")]
+    first = stageline.merge_ref("a", "b")
+    others = [stageline.merge_ref("x", "b"), stageline.merge_ref("a", "x")]
+    others += [stageline.merge_ref("a", "b", "bfloat16")]
     assert len({ref.key for ref in (first, *others)}) == 4
     files = [
-        stages.gguf_ref(first, name, ends) for name, ends in (("a", []), ("b", []), ("a", [1]))
+        stageline.gguf_ref(first, name, ends) for name, ends in (("a", []), ("b", []), ("a", [1]))
     ]
-    files.append(stages.gguf_ref(others[0], "a", []))
+    files.append(stageline.gguf_ref(others[0], "a", []))
     assert len({ref.key for ref in files}) == 4
-    assert stages.export_ref(first, "file:///x").key != stages.export_ref(first, "file:///y").key
+    assert (
+        stageline.export_ref(first, "file:///x").key != stageline.export_ref(first, "file:///y").key
+    )
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -173,7 +175,7 @@ def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefec
     def chain(out: Path) -> tuple[Node, ...]:
         return lineage(str(out), store).parents
 
-    train = stages.resolve(spec, store).need("train")
+    train = stageline.resolve(spec, store).need("train")
     (tmp_path / "nf4").mkdir()
     quantize(tmp_path / "model", tmp_path / "nf4", Quantization.NF4, "float32")
     facts = {"stage": "train", "inputs": train.inputs, "ends": [1]}
@@ -221,7 +223,7 @@ def test_a_model_that_was_trained_whole(tmp_path: Path, home: Path, prefect_api:
     values = tiny_spec(tmp_path, "mine", 4)
     values["model"]["adapter"] = "none"
     spec, store = RunSpec.model_validate(values), Store(home)
-    train = stages.resolve(spec, store).need("train")
+    train = stageline.resolve(spec, store).need("train")
     with store.commit("train", train.key, {"stage": "train", "inputs": train.inputs}) as staging:
         make_model_folder(staging, tiny_config(hidden_size=32))
         train_tokenizer(staging)

@@ -59,7 +59,7 @@ EXEMPT = {"heartbeat.py": "one that a crash takes with it is not missed"}
 
 def test_every_durable_act_is_behind_a_fail_point() -> None:
     found = 0
-    for path in [*(ROOT / "ditty").glob("*.py"), *(ROOT / "flows").glob("*.py")]:
+    for path in [*(ROOT / "ditty").rglob("*.py"), *(ROOT / "flows").rglob("*.py")]:
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef) or path.name in EXEMPT:
                 continue
@@ -93,7 +93,7 @@ def acts_of(told: list[dict[str, Any]]) -> set[str]:
 
 def known_acts() -> set[str]:
     """The first arguments of all fail points in the source."""
-    text = "".join(path.read_text() for path in (ROOT / "ditty").glob("*.py"))
+    text = "".join(path.read_text() for path in (ROOT / "ditty").rglob("*.py"))
     return set(re.findall(r'fail_point\("(\w+)"', text))
 
 

@@ -13,16 +13,17 @@ from typing import Any
 import psutil
 import pytest
 
-from ditty import datastages, preflight, stages
-from ditty.artifacts import Store, verify
+from ditty.config.spec import RunSpec
 from ditty.errors import DataError, RunError, RunMismatch
-from ditty.files import read_json
-from ditty.rundir import RunDir, Status, read_result
-from ditty.spec import RunSpec
+from ditty.planning import preflight
+from ditty.runs.rundir import RunDir, Status, read_result
+from ditty.stages import datastages, stageline
+from ditty.store.artifacts import Store, verify
+from ditty.store.files import read_json
 from flows import line, tasks
 from flows.cancel import CancelRequested
+from flows.commands.progress import Event, EventState, listen
 from flows.finetune import finetune
-from flows.progress import Event, EventState, listen
 from tests.processes import Holder, start_flow
 from tests.served import tiny_spec
 
@@ -199,7 +200,7 @@ def with_threshold(spec: RunSpec, fraction: float) -> RunSpec:
 def prepare_only(spec: RunSpec) -> None:
     """The data stages, without a flow."""
     store = Store()
-    line = stages.resolve(spec, store)
+    line = stageline.resolve(spec, store)
     for ref in line.data():
         datastages.build_data(ref, line, spec, store)
 

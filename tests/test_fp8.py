@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from ditty import formats, fp8
-from ditty.choices import Precision, Quantization
+from ditty.config.choices import Precision, Quantization
+from ditty.config.spec import ModelSpec
 from ditty.errors import ModelError
-from ditty.fp8 import E4M3, Fp8Linear, restore, round_rows
-from ditty.model import load_base
-from ditty.quantize import quantize
-from ditty.spec import ModelSpec
+from ditty.models import fp8
+from ditty.models.fp8 import E4M3, Fp8Linear, restore, round_rows
+from ditty.models.model import load_base
+from ditty.quantization import formats
+from ditty.quantization.quantize import quantize
 from tests import scenarios
 from tests.tables_for_tests import write_rows
 from tests.tiny import VOCABULARY, make_model_folder, random_rows, tiny_config

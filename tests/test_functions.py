@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ditty.dataset.functions import digest, importable, resolve
 from ditty.errors import DataError
-from ditty.functions import digest, importable, resolve
 
 OPS = """
     import re
@@ -70,7 +70,7 @@ def project(tmp_path, monkeypatch):
 
 def digest_elsewhere(folder: Path, ref: str, seed: str) -> str:
     """The digest in a new process with its own hash seed."""
-    code = "import sys; from ditty.functions import *; print(digest(resolve(sys.argv[1])))"
+    code = "import sys; from ditty.dataset.functions import *; print(digest(resolve(sys.argv[1])))"
     env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", code, ref], cwd=folder, env=env, capture_output=True, text=True

@@ -19,13 +19,13 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ditty.artifacts import MANIFEST, Manifest, read_manifest, verify
+from ditty.config.spec import RunSpec
+from ditty.config.specfile import load_spec, parse_spec
 from ditty.errors import ArtifactDamaged, DittyError, SpecError
-from ditty.files import sha256_bytes
-from ditty.remote import Remote
-from ditty.rundir import RunDir, best_step
-from ditty.spec import RunSpec
-from ditty.specfile import load_spec, parse_spec
+from ditty.runs.rundir import RunDir, best_step
+from ditty.store.artifacts import MANIFEST, Manifest, read_manifest, verify
+from ditty.store.files import sha256_bytes
+from ditty.store.remote import Remote
 from flows.mirror import fetch_newer
 from tests.test_specs import MINIMAL
 

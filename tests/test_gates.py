@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
+from ditty.config.gates import Gate, failures
+from ditty.config.specfile import parse_spec
 from ditty.errors import RunError, SpecError
-from ditty.gates import Gate, failures
-from ditty.specfile import parse_spec
 from tests.test_specs import MINIMAL
 
 CONDITIONS = ["<= base", "< base", ">= base", "> base", "< base - 0.5", "<= base + 1e-1", ">= 2.5"]

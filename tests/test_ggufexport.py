@@ -24,8 +24,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from ditty.conversion.ggufexport import FILE, interleave, write_gguf
 from ditty.errors import ModelError
-from ditty.ggufexport import FILE, interleave, write_gguf
 from tests.architectures import GROUPED, TIED, UNTIED
 from tests.tiny import make_tokenizer, tiny_config
 from tests.tokenizers_for_tests import CHATML, train_tokenizer
@@ -108,7 +108,7 @@ def test_what_only_llama_cpp_reads(tmp_path: Path, caplog: pytest.LogCaptureFixt
     base = folder_of(tmp_path / "base", config)
     GenerationConfig(eos_token_id=[2, 0, 1, 0]).save_pretrained(base)
     (tmp_path / "out").mkdir()
-    with caplog.at_level("WARNING", "ditty.ggufvocab"):
+    with caplog.at_level("WARNING", "ditty.conversion.ggufvocab"):
         write_gguf(base, tmp_path / "out", "Tiny")
     ends = AutoTokenizer.from_pretrained(base).convert_ids_to_tokens([2, 0, 1])
     assert "{} and {}; the model also ends at {}, and".format(*ends) in caplog.text

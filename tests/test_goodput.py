@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ditty.artifacts import Store
-from ditty.demo import demo_spec
-from ditty.goodput import Attempt, Spent, describe, read_goodput, spent, total
-from ditty.rundir import CRASH_FILE, Result, RunDir, Status, append_record, write_result
+from ditty.planning.demo import demo_spec
+from ditty.runs.goodput import Attempt, Spent, describe, read_goodput, spent, total
+from ditty.runs.rundir import CRASH_FILE, Result, RunDir, Status, append_record, write_result
+from ditty.store.artifacts import Store
 from tests.processes import kill_tree, start_flow
 
 FAULT_SECONDS, SECONDS, SEED = 60.0, 600.0, 9
@@ -135,7 +135,7 @@ class Supervised:
             return
         victim = self.random.choice(below)
         words = " ".join(victim.cmdline())
-        kinds = {"ditty.guard": "guard", "accelerate": "launcher", "ditty.worker": "rank"}
+        kinds = {"ditty.processes.guard": "guard", "accelerate": "launcher", "ditty.worker": "rank"}
         self.kills.append(next((kind for word, kind in kinds.items() if word in words), "other"))
         victim.kill()
 

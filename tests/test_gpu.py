@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ditty.attention import packed_attention
-from ditty.batches import collate, to_device
-from ditty.choices import Precision, Quantization
-from ditty.evaluate import autocast
-from ditty.loss import token_loss_sum
-from ditty.model import load_base, prepare_model
-from ditty.quantize import quantize
-from ditty.recompute import recompute_blocks
-from ditty.rng import choose_kernels
-from ditty.rundir import Status
-from ditty.skeleton import blocks
-from ditty.spec import ModelSpec
+from ditty.config.choices import Precision, Quantization
+from ditty.config.spec import ModelSpec
+from ditty.models.attention import packed_attention
+from ditty.models.batches import collate, to_device
+from ditty.models.model import load_base, prepare_model
+from ditty.models.skeleton import blocks
+from ditty.quantization.quantize import quantize
+from ditty.runs.rundir import Status
+from ditty.training.evaluate import autocast
+from ditty.training.loss import token_loss_sum
+from ditty.training.recompute import recompute_blocks
+from ditty.training.rng import choose_kernels
 from tests.test_distributed import adapter, inputs, losses, run_training  # noqa: F401
 from tests.tiny import make_model_folder, random_rows, tiny_config
 

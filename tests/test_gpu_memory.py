@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ditty.bench import measure
-from ditty.benchmark import bench_spec
-from ditty.world import World
+from ditty.distributed.world import World
+from ditty.planning.benchmark import bench_spec
+from ditty.speed.bench import measure
 
 pytestmark = pytest.mark.gpu
 

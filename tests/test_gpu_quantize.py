@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import GemmaConfig, GPTNeoXConfig
 
-from ditty import fp8
-from ditty.choices import Quantization
-from ditty.quantize import quantize
+from ditty.config.choices import Quantization
+from ditty.models import fp8
+from ditty.quantization.quantize import quantize
 from tests import scenarios
 from tests.tables_for_tests import write_rows
 from tests.test_gpu_strategies import config, difference, losses, same_bits
@@ -68,7 +68,7 @@ def test_where_bitsandbytes_own_gpu_kernels_differ(kind, capsys):
     """A report: its CPU and GPU kernels may round otherwise; ditty's bits are those of its CPU."""
     import bitsandbytes.functional as bnb
 
-    from ditty.formats import int8, nf4
+    from ditty.quantization.formats import int8, nf4
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4096, 1024, generator=generator).to(torch.bfloat16)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-from ditty.choices import Quantization
-from ditty.quantize import quantize
+from ditty.config.choices import Quantization
+from ditty.quantization.quantize import quantize
 from tests import scenarios
 from tests.tables_for_tests import write_rows
 from tests.tiny import make_model_folder, random_rows

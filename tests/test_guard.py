@@ -67,7 +67,7 @@ class Guarded:
     def start_command(self, command: list[str], grace: float) -> "Guarded":
         reader, self.writer = os.pipe()
         self.guard = subprocess.Popen(
-            [sys.executable, "-m", "ditty.guard", str(reader), str(grace), *command],
+            [sys.executable, "-m", "ditty.processes.guard", str(reader), str(grace), *command],
             pass_fds=(reader,),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

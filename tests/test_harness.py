@@ -8,16 +8,17 @@ import pytest
 import torch
 import yaml
 
-from ditty import evaltasks, preflight, stages
-from ditty.choices import Precision
+from ditty.config.choices import Precision
+from ditty.config.spec import EvaluateSpec, ModelSpec, RunSpec, TrainSpec
+from ditty.conversion.export import merge
+from ditty.distributed.load import load_trained
 from ditty.errors import GateFailed, RunError, SpecError
-from ditty.evaltasks import identify
-from ditty.export import merge
-from ditty.load import load_trained
-from ditty.spec import EvaluateSpec, ModelSpec, RunSpec, TrainSpec
+from ditty.planning import preflight
+from ditty.stages import evaltasks, stageline
+from ditty.stages.evaltasks import identify
+from flows.commands.progress import Event, EventState, listen
 from flows.evaluate import evaluate
 from flows.finetune import finetune
-from flows.progress import Event, EventState, listen
 from tests.served import tiny_spec
 from tests.test_merge import trained
 from tests.test_specs import MINIMAL
@@ -55,7 +56,7 @@ def test_an_adapter_scores_what_the_merged_model_does(
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    from ditty.harness import run_tasks
+    from ditty.evaluation.harness import run_tasks
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     quiz, base = write_quiz(tmp_path), make_model_folder(tmp_path / "base")
@@ -118,7 +119,7 @@ def test_the_key_is_of_all_that_decides_the_scores(tmp_path: Path) -> None:
     def key(tasks: list[str] | None = None, trained: str | None = "t", **train: Any) -> str:
         spec = spec_with(tasks or [str(quiz)])
         spec = spec.model_copy(update={"train": TrainSpec(**train)})
-        return stages.harness_ref(spec, "m", trained).key
+        return stageline.harness_ref(spec, "m", trained).key
 
     seen = {key(), key(trained=None), key(["hellaswag"]), key(precision="fp16")}
     for name in ("notes.txt", "ops.py"):

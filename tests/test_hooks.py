@@ -1,4 +1,4 @@
-"""Callbacks, and a loss, an optimizer and a collator of one's own: what `ditty.hooks` shows."""
+"""Callbacks, and a loss, an optimizer and a collator of one's own: ditty.training.hooks."""
 
 import inspect
 import textwrap
@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
-from ditty import Data, Hooks, Pipeline, hooks
-from ditty.attention import forward_kwargs
+from ditty import Data, Hooks, Pipeline
+from ditty.distributed.parallel import make_parallel
+from ditty.distributed.world import single
 from ditty.errors import DataError, RunError, RunMismatch, SpecError
-from ditty.evaluate import HeldOut
-from ditty.parallel import make_parallel
-from ditty.rundir import RunDir
-from ditty.trainer import Place, Trainer
-from ditty.world import single
+from ditty.models.attention import forward_kwargs
+from ditty.runs.rundir import RunDir
+from ditty.training import hooks
+from ditty.training.evaluate import HeldOut
+from ditty.training.trainer import Place, Trainer
 from tests.test_trainer import build, feed_of, settings
 from tests.tiny import make_model_folder, make_tokenizer, random_rows
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ditty import hub
 from ditty.errors import ModelError, RemoteError
+from ditty.pretrained import hub
 
 from .fake_hub import COMMIT, REPO, FakeHub, fake_hub, use_endpoint
 

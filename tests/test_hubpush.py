@@ -7,10 +7,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ditty import hubpush
-from ditty.artifacts import Store
 from ditty.errors import ArtifactDamaged, RemoteDenied, RemoteError, SpecError
-from ditty.hubpush import check, push, repo_of
+from ditty.results import hubpush
+from ditty.results.hubpush import check, push, repo_of
+from ditty.store.artifacts import Store
 from tests.push_hub import TOKEN, PushHub, push_hub
 
 REPO = "my-org/tiny"

@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, OPTConfig
 
-from ditty.attention import check_isolation, forward_kwargs
-from ditty.batches import flat_batch
-from ditty.choices import Precision
+from ditty.config.choices import Precision
+from ditty.config.spec import ModelSpec, TrainSpec
 from ditty.errors import ModelError
-from ditty.feed import PackedFeed
-from ditty.model import load_base
-from ditty.rundir import RunDir
-from ditty.sampler import BatchSplit, SampleOrder
-from ditty.spec import ModelSpec, TrainSpec
-from ditty.trainer import Place, Trainer
+from ditty.models.attention import check_isolation, forward_kwargs
+from ditty.models.batches import flat_batch
+from ditty.models.model import load_base
+from ditty.runs.rundir import RunDir
+from ditty.training.feed import PackedFeed
+from ditty.training.sampler import BatchSplit, SampleOrder
+from ditty.training.trainer import Place, Trainer
 from tests.tiny import VOCABULARY, make_model_folder, random_rows, tiny_config
 
 CPU = torch.device("cpu")

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from ditty.config.spec import RunSpec
 from ditty.errors import Preempted
-from ditty.files import sha256_file
-from ditty.rundir import CRASH_FILE, RunDir
-from ditty.spec import RunSpec
+from ditty.runs.rundir import CRASH_FILE, RunDir
+from ditty.store.files import sha256_file
+from flows.commands.progress import Event, EventState, listen
 from flows.finetune import finetune
-from flows.progress import Event, EventState, listen
 from tests import warm
 from tests.processes import kill_when, start_flow, wait_while
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401

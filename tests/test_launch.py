@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from ditty.choices import Device
-from ditty.environment import child_environment
-from ditty.launch import run_guarded
-from ditty.spec import LaunchSpec
+from ditty.config.choices import Device
+from ditty.config.spec import LaunchSpec
+from ditty.processes.environment import child_environment
+from ditty.processes.launch import run_guarded
 
 WAIT_SECONDS = 120.0  # until we call a process stuck
 CPU = LaunchSpec(device=Device.CPU, threads=1)
@@ -208,7 +208,7 @@ def test_a_second_exception_leaves_at_once_and_nothing_behind(files: Files) -> N
 LAUNCHER = """
     import os, sys, time
     from pathlib import Path
-    from ditty.launch import run_guarded
+    from ditty.processes.launch import run_guarded
     how = sys.argv[1]
     def check():
         if how == "fork" and not os.path.exists("fork") and os.fork() == 0:

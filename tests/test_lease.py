@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from ditty import lease as leases
-from ditty.artifacts import commit_dir
 from ditty.errors import ArtifactDamaged, RemoteError, RunBusy
-from ditty.lease import Lease, hold, newest, take
-from ditty.objects import Folder
-from ditty.remote import Remote
-from ditty.rundir import RunDir
+from ditty.runs import lease as leases
+from ditty.runs.lease import Lease, hold, newest, take
+from ditty.runs.rundir import RunDir
+from ditty.store.artifacts import commit_dir
+from ditty.store.objects import Folder
+from ditty.store.remote import Remote
 from flows import mirror
 from flows.mirror import Mirror, fetch_newer, remote_checkpoints
 from tests.faultproxy import Fault, FaultProxy

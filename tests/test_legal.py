@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 
-from ditty import legal
-from ditty.choices import Adapter, Optimizer, Precision, Quantization, Sharding
+from ditty.config import legal
+from ditty.config.choices import Adapter, Optimizer, Precision, Quantization, Sharding
+from ditty.config.legal import Strategy
+from ditty.config.specfile import parse_spec
 from ditty.errors import SpecError
-from ditty.legal import Strategy
-from ditty.specfile import parse_spec
 
 
 def spec(processes=2, machines=1, model=None, **train):

@@ -9,12 +9,15 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ditty import Data, Pipeline, quantize, shards, share, unpickle
+from ditty import Data, Pipeline
+from ditty.config.spec import TrainSpec
+from ditty.conversion import unpickle
+from ditty.distributed.world import World
 from ditty.errors import DataError, SpecError
-from ditty.feed import packed_feed, row_lengths
-from ditty.rundir import RunDir
-from ditty.spec import TrainSpec
-from ditty.world import World
+from ditty.quantization import quantize, shards
+from ditty.runs.rundir import RunDir
+from ditty.stages import share
+from ditty.training.feed import packed_feed, row_lengths
 from tests.test_unpickle import pickled
 from tests.tiny import make_model_folder, make_tokenizer, random_rows
 

@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ditty import datastages, stages
-from ditty.artifacts import FLOW_RUN_VARIABLE, Store
+from ditty.config.spec import RunSpec
 from ditty.errors import RunError
-from ditty.files import canonical_json, write_json
-from ditty.lineage import Node, lineage
-from ditty.remote import Remote
-from ditty.spec import RunSpec
-from flows.cli import app
-from flows.views import lineage_markdown
+from ditty.results.lineage import Node, lineage
+from ditty.stages import datastages, stageline
+from ditty.store.artifacts import FLOW_RUN_VARIABLE, Store
+from ditty.store.files import canonical_json, write_json
+from ditty.store.remote import Remote
+from flows.commands.cli import app
+from flows.commands.views import lineage_markdown
 from tests.tiny import make_model_folder
 
 
 @pytest.fixture
 def made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Store, RunSpec, stages.StageLine]:
+) -> tuple[Store, RunSpec, stageline.StageLine]:
     """Data stages really made; a training whose artifact is a stand-in."""
     monkeypatch.setenv(FLOW_RUN_VARIABLE, "the-flow-run")
     rows = [{"text": f"one two three four {i}"} for i in range(30)]
@@ -48,7 +48,7 @@ def made(
         }
     )
     store = Store()
-    line = stages.resolve(spec, store)
+    line = stageline.resolve(spec, store)
     for ref in line.data():
         datastages.build_data(ref, line, spec, store)
     train = line.need("train")
@@ -63,7 +63,9 @@ def kinds(node: Node) -> list[str]:
     return [node.kind, *(kinds(node.parents[-1]) if node.parents else [])]
 
 
-def test_the_chain_goes_back_to_the_source(made: tuple[Store, RunSpec, stages.StageLine]) -> None:
+def test_the_chain_goes_back_to_the_source(
+    made: tuple[Store, RunSpec, stageline.StageLine],
+) -> None:
     store, spec, line = made
     train = line.need("train")
     node = lineage(str(store.path("train", train.key)), store)
@@ -76,14 +78,14 @@ def test_the_chain_goes_back_to_the_source(made: tuple[Store, RunSpec, stages.St
     load = by_kind["pack"].parents[0].parents[0].parents[0]
     assert load.counts["rows"] == 30
     # The key is the hash of the inputs that the node names, and those name the file's bytes.
-    content = {"stage": "load", "version": stages.VERSIONS["load"], "inputs": load.inputs}
+    content = {"stage": "load", "version": stageline.VERSIONS["load"], "inputs": load.inputs}
     assert load.key == hashlib.sha256(canonical_json(content)).hexdigest()
     digest = hashlib.sha256(Path(spec.data.source).read_bytes()).hexdigest()
     assert digest in json.dumps(load.inputs)
 
 
 def test_a_copy_tells_the_same_and_needs_the_manifest_alone(
-    made: tuple[Store, RunSpec, stages.StageLine], tmp_path: Path
+    made: tuple[Store, RunSpec, stageline.StageLine], tmp_path: Path
 ) -> None:
     store, _, line = made
     key = line.need("train").key
@@ -99,7 +101,7 @@ def test_a_copy_tells_the_same_and_needs_the_manifest_alone(
     assert pack.parents == (Node("tokens", line.need("tokenize").key),), "gone, but not forgotten"
 
 
-def test_the_command_prints_the_chain(made: tuple[Store, RunSpec, stages.StageLine]) -> None:
+def test_the_command_prints_the_chain(made: tuple[Store, RunSpec, stageline.StageLine]) -> None:
     store, spec, line = made
     where = str(store.path("pack", line.need("pack").key))
     shown = CliRunner().invoke(app, ["lineage", where]).stdout

@@ -14,14 +14,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ditty import linear_loss, loss
-from ditty.attention import forward_kwargs
-from ditty.batches import Batch, collate
-from ditty.encoding import IGNORED
-from ditty.linear_loss import linear_cross_entropy
-from ditty.loss import token_loss_sum
-from ditty.model import attention_name
-from ditty.spec import ModelSpec
+from ditty.config.spec import ModelSpec
+from ditty.dataset.encoding import IGNORED
+from ditty.models.attention import forward_kwargs
+from ditty.models.batches import Batch, collate
+from ditty.models.model import attention_name
+from ditty.training import linear_loss, loss
+from ditty.training.linear_loss import linear_cross_entropy
+from ditty.training.loss import token_loss_sum
 from tests.architectures import GROUPED, HEADS, OLDER, SMALL
 from tests.tiny import VOCABULARY, random_rows, tiny_config
 

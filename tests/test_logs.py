@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ditty.logs import Attempt, Event, Line, LoggedStage, NoLog, read_logs
-from ditty.rundir import RunDir
+from ditty.runs.logs import Attempt, Event, Line, LoggedStage, NoLog, read_logs
+from ditty.runs.rundir import RunDir
 from ditty.worker import STAGES
 from tests.processes import ROOT, Command, Holder
 
-COMMAND = "from flows.cli import main; main()"
+COMMAND = "from flows.commands.cli import main; main()"
 
 
 @pytest.fixture

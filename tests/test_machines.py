@@ -16,13 +16,13 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from ditty.environment import child_environment
+from ditty.config.spec import LaunchSpec
 from ditty.errors import SpecError
-from ditty.files import read_json
-from ditty.launch import accelerate_command
-from ditty.machines import Machines, resolve_machines
-from ditty.rundir import RunDir, Status
-from ditty.spec import LaunchSpec
+from ditty.processes.environment import child_environment
+from ditty.processes.launch import accelerate_command
+from ditty.processes.machines import Machines, resolve_machines
+from ditty.runs.rundir import RunDir, Status
+from ditty.store.files import read_json
 from tests.machines import Hosts, Machine, free_port, make_job, wait_for
 from tests.test_distributed import adapter, inputs, losses, run_training  # noqa: F401
 

@@ -11,12 +11,12 @@ from datasets import Dataset
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ditty.batches import collate
-from ditty.chat import Chat, ChatEncoder
+from ditty.config.dataspec import DataSpec
 from ditty.data import read_rows
-from ditty.dataspec import DataSpec
-from ditty.loss import token_loss_sum
-from ditty.packing import pack_tables
+from ditty.dataset.chat import Chat, ChatEncoder
+from ditty.dataset.packing import pack_tables
+from ditty.models.batches import collate
+from ditty.training.loss import token_loss_sum
 from tests.tiny import tiny_config
 from tests.tokenized import messages, run
 from tests.tokenizers_for_tests import train_tokenizer

@@ -4,17 +4,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ditty.choices import ActivationCheckpointing, Sharding
+from ditty.config.choices import ActivationCheckpointing, Sharding
+from ditty.config.spec import LaunchSpec, RunSpec, TrainSpec
+from ditty.distributed.parallel import make_parallel
+from ditty.distributed.world import single
 from ditty.errors import LESS_MEMORY, SpecError
-from ditty.fit import expected_memory, fitted
-from ditty.memory import Sizes, budget_of, expect_held, plan_memory
-from ditty.model import add_adapter
-from ditty.parallel import make_parallel
-from ditty.recompute import held_by
-from ditty.shapes import SHAPES
-from ditty.spec import LaunchSpec, RunSpec, TrainSpec
+from ditty.models.model import add_adapter
+from ditty.planning.fit import expected_memory, fitted
+from ditty.planning.memory import Sizes, budget_of, expect_held, plan_memory
+from ditty.planning.shapes import SHAPES
+from ditty.training.recompute import held_by
 from ditty.worker import explain
-from ditty.world import single
 from tests.architectures import TRAINED
 
 CARD = 80e9
@@ -163,7 +163,7 @@ def test_describe_says_where_it_goes_and_what_is_recomputed():
 
 
 def test_the_choice_is_no_part_of_the_training_identity():
-    from ditty.stages import training_identity
+    from ditty.stages.stageline import training_identity
 
     one, other = spec_of(), spec_of(activation_checkpointing="all", max_memory_gb=3)
     assert training_identity(one, "m", "p") == training_identity(other, "m", "p")
@@ -176,9 +176,9 @@ def gpus(tmp_path, monkeypatch):
     LlamaConfig(**SHAPES["8b"].config()).save_pretrained(tmp_path)
 
     def give(gigabytes: float | None):
-        monkeypatch.setattr("ditty.fit.resolve_device", lambda _: "cuda")
+        monkeypatch.setattr("ditty.planning.fit.resolve_device", lambda _: "cuda")
         card = None if gigabytes is None else gigabytes * 1e9
-        monkeypatch.setattr("ditty.fit.gpu_bytes", lambda: card)
+        monkeypatch.setattr("ditty.planning.fit.gpu_bytes", lambda: card)
         return tmp_path
 
     return give

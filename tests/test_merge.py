@@ -14,14 +14,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ditty import export, shards
-from ditty.choices import Precision, Quantization
+from ditty.config.choices import Precision, Quantization
+from ditty.config.spec import ModelSpec
+from ditty.conversion import export
+from ditty.conversion.export import merge
 from ditty.errors import ModelError
-from ditty.export import merge
-from ditty.files import read_json, write_json
-from ditty.model import add_adapter, load_base, save_trained, trainable
-from ditty.quantize import quantize
-from ditty.spec import ModelSpec
+from ditty.models.model import add_adapter, load_base, save_trained, trainable
+from ditty.quantization import shards
+from ditty.quantization.quantize import quantize
+from ditty.store.files import read_json, write_json
 from tests.architectures import make, rewrite
 from tests.tiny import VOCABULARY
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from ditty.artifacts import commit_dir, verify
 from ditty.errors import ArtifactDamaged, RemoteError, RunMismatch
-from ditty.lease import hold
-from ditty.remote import Remote
-from ditty.rundir import RunDir
+from ditty.runs.lease import hold
+from ditty.runs.rundir import RunDir
+from ditty.store.artifacts import commit_dir, verify
+from ditty.store.remote import Remote
 from flows import mirror
 from flows.mirror import Mirror, fetch_newer, remote_checkpoints
 

@@ -8,13 +8,14 @@ import datasets
 import pytest
 import yaml
 
-from ditty import stages, tables
-from ditty.artifacts import Store
-from ditty.dataspec import DataSpec
+from ditty.config.dataspec import DataSpec
+from ditty.config.specfile import load_spec
+from ditty.dataset import tables
+from ditty.dataset.sources import identify, load
 from ditty.errors import DataError, SpecError
-from ditty.preview import preview
-from ditty.sources import identify, load
-from ditty.specfile import load_spec
+from ditty.planning.preview import preview
+from ditty.stages import stageline
+from ditty.store.artifacts import Store
 from tests.test_bad_input import GOOD_ROWS, make_spec, prepare
 
 LENGTHS = {"a": 1700, "b": 900, "c": 2}
@@ -156,7 +157,7 @@ def test_a_mixture_goes_through_the_stages(tmp_path, monkeypatch):
     assert prepare(spec)["tokenize"]["rows"] == len(GOOD_ROWS)
     shown = preview(spec, Store(), 100)
     assert len(shown) == len(GOOD_ROWS)
-    ref = stages.resolve(spec, Store()).refs[0]
+    ref = stageline.resolve(spec, Store()).refs[0]
     assert ref.title == "load 2 sources"
     manifest = Store().find("load", ref.key)
     assert manifest.facts["source"] == f"{tmp_path}/x.jsonl, {tmp_path}/y.jsonl"

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from ditty import files
 from ditty.errors import ModelError, SpecError
-from ditty.modelfolder import (
+from ditty.pretrained.modelfolder import (
     check_folder,
     folder_digest,
     pickled_files,
     tokenizer_digest,
     weight_files,
 )
+from ditty.store import files
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512}
 

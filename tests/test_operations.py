@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ditty import functions, tables
-from ditty.choices import OperationMethod
-from ditty.dataspec import Operation
+from ditty.config.choices import OperationMethod
+from ditty.config.dataspec import Operation
+from ditty.dataset import functions, tables
+from ditty.dataset.operations import apply
 from ditty.errors import DataError
-from ditty.files import canonical_json
-from ditty.operations import apply
-from ditty.stages import operation_inputs
+from ditty.stages.stageline import operation_inputs
+from ditty.store.files import canonical_json
 
 ROWS = [{"text": "x" * (i % 10), "n": i} for i in range(2_500)]
 
@@ -344,7 +344,7 @@ def test_no_torch_and_nothing_in_the_home(place):
     home = place / "user"
     (place / "out").mkdir()
     code = (
-        "import sys; from pathlib import Path; from ditty.operations import *;"
+        "import sys; from pathlib import Path; from ditty.dataset.operations import *;"
         " apply(Operation(method='map', function='rowops:double'), Path('source'), Path('out'), 1);"
         " print({'torch', 'transformers'} & set(sys.modules))"
     )

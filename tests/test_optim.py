@@ -10,11 +10,11 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from ditty.choices import SCHEDULE_OPTIONS, Optimizer, Schedule
+from ditty.config.choices import SCHEDULE_OPTIONS, Optimizer, Schedule
+from ditty.config.spec import TrainSpec
+from ditty.config.specfile import parse_spec
+from ditty.distributed.optim import check_schedule, learning_rate, make_optimizer
 from ditty.errors import SpecError
-from ditty.optim import check_schedule, learning_rate, make_optimizer
-from ditty.spec import TrainSpec
-from ditty.specfile import parse_spec
 from tests.test_specs import MINIMAL
 
 PAGED = [o for o in Optimizer if o.startswith("paged_")]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-from ditty.rundir import RunDir, Status, read_result
-from ditty.spec import RunSpec
-from flows.server import SERVER_ENVIRONMENT, command, is_healthy
+from ditty.config.spec import RunSpec
+from ditty.runs.rundir import RunDir, Status, read_result
+from flows.serving.server import SERVER_ENVIRONMENT, command, is_healthy
 from tests.processes import start_flow, wait_while
 from tests.seaweed import free_ports
 from tests.served import tiny_spec

@@ -5,10 +5,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ditty import tables
-from ditty.dataspec import DataSpec
+from ditty.config.dataspec import DataSpec
+from ditty.dataset import tables
+from ditty.dataset.packing import Document, best_fit, next_fit, one_each, pack_tables
 from ditty.errors import DataError
-from ditty.packing import Document, best_fit, next_fit, one_each, pack_tables
 
 
 def documents(lengths, seed=0):

@@ -12,14 +12,15 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ditty import preview as module
-from ditty import stages, tables
-from ditty.artifacts import Store
+from ditty.dataset import tables
+from ditty.dataset.tokenization import load_tokenizer
 from ditty.errors import DataError, ModelError
-from ditty.preview import PreviewRow, Token, preview, token_texts
-from ditty.tokenization import load_tokenizer
-from flows.cli import app
-from flows.preview_command import print_rows, to_html
+from ditty.planning import preview as module
+from ditty.planning.preview import PreviewRow, Token, preview, token_texts
+from ditty.stages import stageline
+from ditty.store.artifacts import Store
+from flows.commands.cli import app
+from flows.commands.preview_command import print_rows, to_html
 from tests.fake_hub import REPO, fake_hub
 from tests.test_bad_input import make_spec, prepare
 from tests.tiny import make_model_folder
@@ -56,7 +57,8 @@ def test_it_shows_what_the_stages_make(tmp_path, home, overlong):
     assert [row.number for row in shown] == list(range(len(TALKS) - 1)), "one is filtered out"
     facts = prepare(spec)["tokenize"]
     made = tables.read(
-        Store().path("tokenize", stages.resolve(spec, Store()).need("tokenize").key) / "train.arrow"
+        Store().path("tokenize", stageline.resolve(spec, Store()).need("tokenize").key)
+        / "train.arrow"
     ).to_pylist()
     used = [row for row in shown if not (row.fate or "").startswith("dropped")]
     assert made == [
@@ -226,7 +228,9 @@ def test_of_a_hub_model_only_the_tokenizer_is_fetched(tmp_path, hub):
     assert preview(talks_spec(tmp_path, model__base_model=REPO), Store(), 3) == local
     asked = [request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request]
     assert "tokenizer.json" in asked and "model.safetensors" not in asked
-    assert stages.resolve(talks_spec(tmp_path, model__base_model=REPO), Store()).model_dir is None
+    assert (
+        stageline.resolve(talks_spec(tmp_path, model__base_model=REPO), Store()).model_dir is None
+    )
 
 
 def test_a_gguf_file_must_be_converted_first(tmp_path):

@@ -26,11 +26,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from ditty import formats, shards
-from ditty.choices import Quantization
+from ditty.config.choices import Quantization
 from ditty.errors import ModelError, StoreError
-from ditty.quantize import quantize
-from ditty.quantplan import Header, _describe, skeleton
+from ditty.quantization import formats, shards
+from ditty.quantization.quantize import quantize
+from ditty.quantization.quantplan import Header, _describe, skeleton
 
 from .tiny import VOCABULARY, make_model_folder, tiny_config
 

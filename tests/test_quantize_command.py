@@ -8,15 +8,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from ditty import stages
-from ditty.artifacts import Store, verify
-from ditty.choices import Precision, Quantization
+from ditty.config.choices import Precision, Quantization
+from ditty.config.spec import RunSpec
 from ditty.errors import ModelError, SpecError
-from ditty.lineage import lineage
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
-from flows.cli import app
-from flows.progress import Event, EventState, listen
+from ditty.results.lineage import lineage
+from ditty.runs.rundir import RunDir
+from ditty.stages import stageline
+from ditty.store.artifacts import Store, verify
+from flows.commands.cli import app
+from flows.commands.progress import Event, EventState, listen
 from flows.quantize import quantize
 from tests.served import tiny_spec
 from tests.test_quantize import differences, theirs
@@ -45,7 +45,7 @@ def test_once_and_then_found_by_the_command_and_by_a_training(
     values = tiny_spec(tmp_path, "mine", 1)
     values["model"] = {"base_model": str(base), "quantization": "nf4"}
     values["train"]["precision"] = "fp32"
-    ref = stages.resolve_model(RunSpec.model_validate(values), store).need("prequantize")
+    ref = stageline.resolve_model(RunSpec.model_validate(values), store).need("prequantize")
     assert str(store.path("prequantize", ref.key)) == done["path"]
 
     assert verify(tmp_path / "out").digest == done["digest"]
@@ -66,11 +66,11 @@ def test_what_decides_the_bits_is_in_the_key(
         values = tiny_spec(tmp_path, "mine", 1)
         values["model"] = {"base_model": str(base), "quantization": quantization}
         values["train"] = {"precision": precision}
-        line = stages.resolve_model(RunSpec.model_validate(values), Store(home))
+        line = stageline.resolve_model(RunSpec.model_validate(values), Store(home))
         return line.need("prequantize").key
 
     keys = {key(), key("int8"), key(precision="fp32")}
-    monkeypatch.setattr(stages.metadata, "version", lambda name: "0.99")
+    monkeypatch.setattr(stageline.metadata, "version", lambda name: "0.99")
     keys.add(key())
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))

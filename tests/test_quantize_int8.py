@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from ditty import formats, shards
-from ditty.choices import Quantization
-from ditty.modelfolder import WEIGHTS
+from ditty.config.choices import Quantization
+from ditty.pretrained.modelfolder import WEIGHTS
+from ditty.quantization import formats, shards
 
 from .test_quantize import (
     CONFIGS,

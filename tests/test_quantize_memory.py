@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from ditty.artifacts import Store, verify
-from ditty.bench import draw_model
-from ditty.quantplan import headers
-from ditty.shapes import Shape
-from ditty.shards import SHARD_BYTES
+from ditty.planning.shapes import Shape
+from ditty.quantization.quantplan import headers
+from ditty.quantization.shards import SHARD_BYTES
+from ditty.speed.bench import draw_model
+from ditty.store.artifacts import Store, verify
 from tests.processes import ROOT
 from tests.test_quantize import differences
 from tests.test_shards import stamps
@@ -34,10 +34,10 @@ SMALL_SHARD_BYTES = 16 << 20  # for the kills: some 40 shards
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from ditty.artifacts import Store
-from ditty.choices import Quantization
-from ditty import shards
-import ditty.quantize, bitsandbytes, transformers, accelerate
+from ditty.store.artifacts import Store
+from ditty.config.choices import Quantization
+from ditty.quantization import shards
+import ditty.quantization.quantize, bitsandbytes, transformers, accelerate
 from transformers import LlamaForCausalLM, BitsAndBytesConfig
 
 def peak():
@@ -48,7 +48,7 @@ source, home = map(Path, sys.argv[1:3])
 shards.SHARD_BYTES = int(sys.argv[3])
 before, started = peak(), time.perf_counter()
 print("ready", flush=True)
-make = lambda out: ditty.quantize.quantize(source, out, Quantization.NF4, "bfloat16")
+make = lambda out: ditty.quantization.quantize.quantize(source, out, Quantization.NF4, "bfloat16")
 manifest = Store(home).build("prequantize", "key", {}, make, resumable=True)
 seconds = time.perf_counter() - started
 found = {"imports": before, "peak": peak(), "digest": manifest.digest, "seconds": seconds}
@@ -110,7 +110,7 @@ def test_memory_bits_and_ten_kills(source, tmp_path, capsys):
     with capsys.disabled():
         print(f"{KILLS} kills: {len(stands)} of {len(stamps(made))} shards stood at the last start")
 
-    torch.set_num_threads(1)  # as bitsandbytes adds up scales: see ditty.formats.nf4
+    torch.set_num_threads(1)  # as bitsandbytes adds up scales: see ditty.quantization.formats.nf4
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,

@@ -8,15 +8,15 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from ditty import tables
-from ditty.dataspec import Operation
+from ditty.config.dataspec import Operation
+from ditty.dataset import tables
+from ditty.dataset.functions import digest
+from ditty.dataset.operations import apply
 from ditty.dedup import decontaminate, deduplicate, deduplicate_near
 from ditty.errors import DataError
-from ditty.functions import digest
-from ditty.operations import apply
 from ditty.quality import gopher_quality, gopher_repetition, quality, repetition
 from ditty.recipes import characters, has_words, tokens
-from ditty.stages import operation_inputs
+from ditty.stages.stageline import operation_inputs
 from tests.tokenizers_for_tests import train_tokenizer
 
 CHAT = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": None}]

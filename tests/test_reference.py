@@ -14,13 +14,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from ditty.choices import Adapter, Precision, Sampling
-from ditty.feed import packed_feed
-from ditty.model import load_base, prepare_model, trainable
-from ditty.rundir import RunDir
-from ditty.spec import ModelSpec, TrainSpec
-from ditty.trainer import Place, Trainer
-from ditty.world import single
+from ditty.config.choices import Adapter, Precision, Sampling
+from ditty.config.spec import ModelSpec, TrainSpec
+from ditty.distributed.world import single
+from ditty.models.model import load_base, prepare_model, trainable
+from ditty.runs.rundir import RunDir
+from ditty.training.feed import packed_feed
+from ditty.training.trainer import Place, Trainer
 from tests.tiny import VOCABULARY, make_model_folder, make_tokenizer
 
 STEPS, DOCUMENTS_PER_STEP = 20, 8

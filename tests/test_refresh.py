@@ -13,19 +13,19 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ditty.artifacts import Store, read_manifest
+from ditty.config.spec import RunSpec
 from ditty.data import read_rows
 from ditty.errors import GateFailed, RemoteError, RunError, RunMismatch
-from ditty.promotion import Comparison, InPlace, Promotions, candidate_name
-from ditty.remote import Remote
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
-from flows.automations import PROMOTED
+from ditty.results.promotion import Comparison, InPlace, Promotions, candidate_name
+from ditty.runs.rundir import RunDir
+from ditty.store.artifacts import Store, read_manifest
+from ditty.store.remote import Remote
+from flows.commands.progress import Event, EventState, listen
 from flows.evaluate import evaluate
 from flows.export import export
 from flows.finetune import finetune
-from flows.progress import Event, EventState, listen
 from flows.refresh import refresh
+from flows.serving.automations import PROMOTED
 from tests.served import tiny_spec
 
 
@@ -252,7 +252,7 @@ def test_no_comparison_with_what_is_gone_or_speaks_otherwise(
 
 
 def _tokenizer(spec: RunSpec) -> str:
-    from ditty.basemodel import tokenizer_digest
+    from ditty.pretrained.basemodel import tokenizer_digest
 
     return tokenizer_digest(Path(spec.model.base_model))
 

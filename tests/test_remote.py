@@ -1,4 +1,4 @@
-"""ditty.remote: the protocol on a folder and on moto's S3. boto3 looks at objects from outside."""
+"""ditty.store.remote: the protocol on a folder and on moto's S3; boto3 looks from outside."""
 
 # ruff: noqa: F811  (imported fixtures)
 import json
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from ditty.artifacts import MANIFEST, read_manifest
 from ditty.errors import ArtifactDamaged, RemoteDenied, RemoteError, SpecError, StoreError
-from ditty.files import write_json
-from ditty.remote import Remote
+from ditty.store.artifacts import MANIFEST, read_manifest
+from ditty.store.files import write_json
+from ditty.store.remote import Remote
 from tests.remotes import (  # noqa: F401
     FILES,
     NAME,
@@ -279,9 +279,8 @@ def test_urls_that_are_no_target_are_refused(url: str) -> None:
 
 
 def test_importing_costs_neither_torch_nor_s3fs() -> None:
-    program = (
-        "import sys, ditty.remote; print({'torch', 's3fs', 'fsspec', 'botocore'} & {*sys.modules})"
-    )
+    heavy = {"torch", "s3fs", "fsspec", "botocore"}
+    program = f"import sys, ditty.store.remote; print({heavy} & {{*sys.modules}})"
     out = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, check=True, text=True
     )

@@ -1,4 +1,4 @@
-"""ditty.remote against a real S3 server: what moto cannot show.
+"""ditty.store.remote against a real S3 server: what moto cannot show.
 
 moto accepts every credential, never loses a connection and stores damaged uploads.
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 import boto3
 import pytest
 
-from ditty import s3
-from ditty.artifacts import MANIFEST, read_manifest
 from ditty.errors import RemoteDenied, RemoteError
-from ditty.remote import Remote
-from ditty.s3 import Patience
+from ditty.store import s3
+from ditty.store.artifacts import MANIFEST, read_manifest
+from ditty.store.remote import Remote
+from ditty.store.s3 import Patience
 from tests.faultproxy import Fault, FaultProxy
 from tests.remotes import (
     NAME,

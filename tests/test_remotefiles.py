@@ -20,11 +20,11 @@ import yaml
 from botocore.config import Config
 from pyarrow import parquet
 
-from ditty import remotefiles, tables
-from ditty.dataspec import DataSpec
+from ditty.config.dataspec import DataSpec
+from ditty.config.specfile import load_spec
+from ditty.dataset import remotefiles, tables
+from ditty.dataset.sources import identify, load
 from ditty.errors import DataError, RemoteDenied, RemoteError
-from ditty.sources import identify, load
-from ditty.specfile import load_spec
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 
 ROWS = [{"text": f"row {i}", "n": i} for i in range(5)]

@@ -20,20 +20,21 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from ditty.artifacts import MADE_BY, Store, commit_dir
-from ditty.curves import thin
+from ditty.config.spec import RunSpec
 from ditty.errors import OutOfMemory, RunError
-from ditty.rundir import Result, RunDir, Status, append_record
-from ditty.spec import RunSpec
-from ditty.stages import StageRef
-from ditty.timeleft import duration
-from flows import publish, tasks, training
-from flows.costs import StageBook
-from flows.datareport import data_facts
-from flows.markup import code, escape, fenced, shorten
-from flows.progress import EventState
-from flows.publish import publish_stages, within
-from flows.report import MAX_BYTES, History, artifact_key, markdown
+from ditty.runs.curves import thin
+from ditty.runs.rundir import Result, RunDir, Status, append_record
+from ditty.runs.timeleft import duration
+from ditty.stages.stageline import StageRef
+from ditty.store.artifacts import MADE_BY, Store, commit_dir
+from flows import tasks, training
+from flows.commands.progress import EventState
+from flows.pages import publish
+from flows.pages.costs import StageBook
+from flows.pages.datareport import data_facts
+from flows.pages.markup import code, escape, fenced, shorten
+from flows.pages.publish import publish_stages, within
+from flows.pages.report import MAX_BYTES, History, artifact_key, markdown
 from flows.training import Work
 
 
@@ -160,7 +161,7 @@ def test_a_report_is_small_whatever_the_run(run: RunDir) -> None:
 def test_a_picture_that_is_too_large_is_left_out(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditty.curves.PICTURE_BYTES", 100)
+    monkeypatch.setattr("ditty.runs.curves.PICTURE_BYTES", 100)
     append_record(run.metrics_file, train_record(1))
     history = History(run)
     history.read()

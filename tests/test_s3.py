@@ -1,4 +1,4 @@
-"""ditty.s3 under ditty.remote: order, resume and faults, with moto behind a fault proxy.
+"""ditty.store.s3 below ditty.store.remote: order, resume, faults; moto behind a fault proxy.
 
 moto accepts every credential and stores what was damaged on the way: test_remote_s3.py asks a
 real server about both.
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ditty import s3
-from ditty.artifacts import MANIFEST, read_manifest
 from ditty.errors import RemoteDenied, RemoteError, SpecError, scrub
-from ditty.remote import Remote
-from ditty.s3 import Patience
+from ditty.store import s3
+from ditty.store.artifacts import MANIFEST, read_manifest
+from ditty.store.remote import Remote
+from ditty.store.s3 import Patience
 from tests.faultproxy import Fault, FaultProxy
 from tests.remotes import (  # noqa: F401
     FILES,

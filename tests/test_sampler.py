@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ditty.choices import Sampling
-from ditty.sampler import BatchSplit, SampleOrder
+from ditty.config.choices import Sampling
+from ditty.training.sampler import BatchSplit, SampleOrder
 
 
 def test_order_is_a_permutation_and_seekable():

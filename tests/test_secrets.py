@@ -15,10 +15,10 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import LogSort
 
+from ditty.config.spec import RunSpec
+from ditty.config.specfile import parse_spec
 from ditty.errors import RemoteError, SpecError
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
-from ditty.specfile import parse_spec
+from ditty.runs.rundir import RunDir
 from flows.finetune import finetune
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.served import tiny_spec

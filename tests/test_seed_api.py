@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ditty import Data, Pipeline
-from ditty.rundir import RunDir
+from ditty.runs.rundir import RunDir
 from tests.architectures import TRAINED
 from tests.tiny import make_model_folder, make_tokenizer
 

@@ -17,10 +17,10 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
-from ditty.demo import demo_spec
-from ditty.rundir import RunDir, Status, read_result
-from ditty.spec import RunSpec
-from flows import automations, deploy
+from ditty.config.spec import RunSpec
+from ditty.planning.demo import demo_spec
+from ditty.runs.rundir import RunDir, Status, read_result
+from flows.serving import automations, deploy
 from tests.postgres import postgres
 from tests.processes import ROOT
 from tests.served import COMMAND, Serving, serving, tiny_spec

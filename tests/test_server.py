@@ -9,14 +9,14 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from ditty.errors import RunError
-from ditty.files import write_json
-from flows import server
-from flows.server import local_server
+from ditty.store.files import write_json
+from flows.serving import server
+from flows.serving.server import local_server
 
 
 def test_another_process_shares_the_server(prefect_api: str) -> None:
     # The fixture checks at the end of the session that the server ends with its last user.
-    code = "from flows.server import local_server\nwith local_server() as url: print(url)"
+    code = "from flows.serving.server import local_server\nwith local_server() as url: print(url)"
     root = Path(__file__).parent.parent
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True, check=True

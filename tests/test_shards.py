@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ditty import shards
-from ditty.artifacts import Manifest, Store, verify
-from ditty.choices import Quantization
-from ditty.modelfolder import INDEX
-from ditty.quantize import quantize
-from ditty.shards import Piece, write_shards
+from ditty.config.choices import Quantization
+from ditty.pretrained.modelfolder import INDEX
+from ditty.quantization import shards
+from ditty.quantization.quantize import quantize
+from ditty.quantization.shards import Piece, write_shards
+from ditty.store.artifacts import Manifest, Store, verify
 
 from .tiny import make_model_folder, tiny_config
 

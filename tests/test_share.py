@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from ditty import share, stages
-from ditty.artifacts import MANIFEST, Store, verify
+from ditty.config.spec import RunSpec
 from ditty.errors import RemoteError, SpecError
-from ditty.plan import make_plan
-from ditty.rundir import RunDir
-from ditty.spec import RunSpec
+from ditty.planning.plan import make_plan
+from ditty.runs.rundir import RunDir
+from ditty.stages import share, stageline
+from ditty.store.artifacts import MANIFEST, Store, verify
+from flows.commands.progress import Event, EventState, listen
 from flows.finetune import finetune
-from flows.progress import Event, EventState, listen
 from flows.quantize import quantize
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.served import tiny_spec
@@ -56,7 +56,7 @@ def test_a_second_machine_makes_nothing_that_the_first_has_made(
     finetune(spec)
     run = RunDir.named("mine", tmp_path / "two")
     assert run.attempts("prequantize") == [] and len(run.attempts("train")) == 1
-    for ref in stages.resolve(spec, two).refs:
+    for ref in stageline.resolve(spec, two).refs:
         there, here = one.path(ref.stage, ref.key), two.path(ref.stage, ref.key)
         assert verify(here).digest == verify(there).digest, ref.title
         if ref.stage in MADE:  # fetched as it is: also when it was made, and by whom

@@ -17,16 +17,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from ditty.choices import Quantization
-from ditty.convert import convert_gguf
+from ditty.config.choices import Quantization
+from ditty.conversion.convert import convert_gguf
+from ditty.conversion.export import merge
+from ditty.conversion.ggufexport import FILE, write_gguf
 from ditty.data import read_rows
-from ditty.demo_model import smollm2
-from ditty.export import merge
-from ditty.fp8 import loading_config
-from ditty.ggufexport import FILE, write_gguf
-from ditty.model import keep_4bit_weights
-from ditty.quantize import quantize
-from ditty.rundir import RunDir
+from ditty.models.fp8 import loading_config
+from ditty.models.model import keep_4bit_weights
+from ditty.pretrained.demo_model import smollm2
+from ditty.quantization.quantize import quantize
+from ditty.runs.rundir import RunDir
 from tests.processes import ROOT, kill_when
 from tests.test_harness import write_quiz
 from tests.test_kills import adapter_hash
@@ -46,7 +46,8 @@ OVERRIDES = {
     "data.eval_max_rows": 4,
 }
 COMMAND = (
-    "import sys; sys.argv = ['ditty', 'demo', *sys.argv[1:]]; from flows.cli import main; main()"
+    "import sys; sys.argv = ['ditty', 'demo', *sys.argv[1:]]; "
+    "from flows.commands.cli import main; main()"
 )
 
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ditty import tables
-from ditty.dataspec import DataSpec
+from ditty.config.dataspec import DataSpec
+from ditty.dataset import tables
+from ditty.dataset.sources import identify, load
 from ditty.errors import DataError
-from ditty.sources import identify, load
 
 ROWS = [
     {"text": "Grüße\n", "score": 1, "messages": [{"role": "user", "content": "a"}]},
@@ -151,7 +151,7 @@ def test_local_files_need_no_datasets_and_leave_the_home_alone(tmp_path):
     home = tmp_path / "user"
     (tmp_path / "out").mkdir()
     code = (
-        "import sys; from pathlib import Path; from ditty.sources import *; data ="
+        "import sys; from pathlib import Path; from ditty.dataset.sources import *; data ="
         " DataSpec(source=sys.argv[1]); identify(data); load(data, Path(sys.argv[2]));"
         " print({'datasets', 'torch', 'transformers'} & set(sys.modules))"
     )

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ditty.artifacts import Store
-from ditty.dataspec import Operation
+from ditty.config.dataspec import Operation
+from ditty.config.spec import RunSpec
+from ditty.config.specfile import load_spec, parse_spec
+from ditty.dataset.functions import resolve
 from ditty.errors import SpecError
-from ditty.functions import resolve
-from ditty.plan import make_plan
-from ditty.preview import preview
-from ditty.spec import RunSpec
-from ditty.specfile import load_spec, parse_spec
+from ditty.planning.plan import make_plan
+from ditty.planning.preview import preview
+from ditty.store.artifacts import Store
 from tests.tiny import make_model_folder, tiny_config
 
 ROOT = Path(__file__).parent.parent
 SPECS = ROOT / "deployments/specs"
-SHIPPED = [*sorted(SPECS.glob("*.yaml")), ROOT / "ditty/demo.yaml"]
+SHIPPED = [*sorted(SPECS.glob("*.yaml")), ROOT / "ditty/planning/demo.yaml"]
 
 MINIMAL = {"name": "x", "data": {"source": "rows.jsonl"}, "model": {"base_model": "org/name"}}
 
@@ -174,7 +174,7 @@ def test_mistakes_name_the_key_and_the_nearest_valid_one(tmp_path, override, mes
         ),
         (
             {"train": {"foo": 1}},
-            "unknown key train.foo: the 39 keys of train are documented in ditty/spec.py",
+            "unknown key train.foo: the 39 keys of train are documented in ditty/config/spec.py",
         ),
         ({"upload": {"foo": 1}}, "unknown key upload.foo: expected one of url, checkpoints"),
     ],

@@ -8,10 +8,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from ditty import tables
-from ditty.dataspec import DataSpec, SourceSpec
+from ditty.config.dataspec import DataSpec, SourceSpec
+from ditty.dataset import tables
+from ditty.dataset.sources import identify, load
 from ditty.errors import DataError
-from ditty.sources import identify, load
 
 QUERY = "SELECT id, question AS prompt, answer AS completion FROM tickets WHERE id <> 7 ORDER BY id"
 ROWS = 2_500

@@ -12,20 +12,20 @@ from typing import Any
 import psutil
 import pytest
 
-from ditty import launch
-from ditty.choices import Device
+from ditty.config.choices import Device
+from ditty.config.spec import LaunchSpec
 from ditty.errors import Crashed, DataError, OutOfMemory, Preempted, RunError
-from ditty.files import read_json
-from ditty.launch import raise_for_result, run_stage
-from ditty.rundir import Result, Status
-from ditty.spec import LaunchSpec
+from ditty.processes import launch
+from ditty.processes.launch import raise_for_result, run_stage
+from ditty.runs.rundir import Result, Status
+from ditty.store.files import read_json
 from tests.test_launch import CPU, Files, Stop, files  # noqa: F401
 
 WORKER = """
     import os, sys, time
     from pathlib import Path
-    from ditty.files import read_json, write_json
-    from ditty.rundir import Result, Status, write_result
+    from ditty.store.files import read_json, write_json
+    from ditty.runs.rundir import Result, Status, write_result
     stage, attempt = sys.argv[1], Path(sys.argv[2])
     job = read_json(attempt / "job.json")
     write_json(attempt / "environment.json", dict(os.environ))
@@ -120,8 +120,8 @@ RANK = """
     from pathlib import Path
     from accelerate import PartialState
     import torch
-    from ditty.files import write_json
-    from ditty.rundir import Result, Status, write_result
+    from ditty.store.files import write_json
+    from ditty.runs.rundir import Result, Status, write_result
     attempt = Path(sys.argv[2])
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))

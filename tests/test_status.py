@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from ditty.artifacts import Store
 from ditty.errors import RunError
-from ditty.files import FileLock, is_held
-from ditty.rundir import CRASH_FILE, Result, RunDir, Status, append_record, write_result
-from ditty.status import Runs, RunStatus
+from ditty.runs.rundir import CRASH_FILE, Result, RunDir, Status, append_record, write_result
+from ditty.runs.status import Runs, RunStatus
+from ditty.store.artifacts import Store
+from ditty.store.files import FileLock, is_held
 from tests.processes import Command, Holder
 
 

@@ -12,11 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ditty.choices import Quantization
+from ditty.config.choices import Quantization
+from ditty.conversion.export import merge
 from ditty.data import read_rows
-from ditty.export import merge
-from ditty.model import keep_4bit_weights
-from ditty.quantize import quantize
+from ditty.models.model import keep_4bit_weights
+from ditty.quantization.quantize import quantize
 from tests import scenarios
 from tests.tables_for_tests import write_rows
 from tests.tiny import make_model_folder, random_rows, tiny_config
@@ -297,7 +297,7 @@ def test_loading_takes_the_memory_of_the_own_part_and_one_file(root, results, ca
 
 def test_a_checkpoint_for_other_weights_is_refused(root, results, tmp_path):
     from ditty.errors import RunMismatch
-    from ditty.pieces import Pieces
+    from ditty.training.pieces import Pieces
 
     home = root / "homes" / "lora-ddp" / "checkpoints"
     folder = tmp_path / "checkpoint"

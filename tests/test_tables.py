@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ditty import tables
+from ditty.dataset import tables
 
 ROWS = [
     {

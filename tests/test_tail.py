@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ditty.rundir import append_record
-from ditty.tail import RecordTail
+from ditty.runs.rundir import append_record
+from ditty.runs.tail import RecordTail
 
 
 def test_records_are_read_once_and_whole(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from ditty.dataset.tokenization import load_tokenizer, row_fraction
 from ditty.errors import DataError
-from ditty.tokenization import load_tokenizer, row_fraction
 from tests.tokenized import messages, run, run_chats, supervised
 from tests.tokenizers_for_tests import CHATML, MARKED, train_tokenizer
 

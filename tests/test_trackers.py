@@ -13,15 +13,16 @@ import pytest
 from accelerate.tracking import TensorBoardTracker
 from datasets import Dataset
 
-from ditty import Data, Hooks, Pipeline, preflight
-from ditty.artifacts import Store
-from ditty.choices import Tracker
-from ditty.curves import DPI, INCHES
+from ditty import Data, Hooks, Pipeline
+from ditty.config.choices import Tracker
+from ditty.config.specfile import parse_spec
 from ditty.errors import RunError, SpecError
-from ditty.rundir import RunDir
-from ditty.specfile import parse_spec
-from ditty.trackers import Reports, reporting
-from ditty.trainer import Place
+from ditty.planning import preflight
+from ditty.runs.curves import DPI, INCHES
+from ditty.runs.rundir import RunDir
+from ditty.store.artifacts import Store
+from ditty.training.trackers import Reports, reporting
+from ditty.training.trainer import Place
 from tests.tiny import make_model_folder
 
 
@@ -97,7 +98,7 @@ class Away:
 def test_a_tracker_that_does_not_answer_is_named_and_stops_nothing(tmp_path, caplog):
     seen = []
     hooks = Reports([Away()], RunDir(tmp_path)).hooks(Hooks(on_step=seen.append))
-    with caplog.at_level(logging.WARNING, "ditty.trackers"):
+    with caplog.at_level(logging.WARNING, "ditty.training.trackers"):
         hooks.call("on_step", {"step": 1, "loss": 2.0})
     assert "the tracker mlflow: ConnectionError: nobody at http://***@host" in caplog.text
     assert seen == [{"step": 1, "loss": 2.0}], "the callback of the user's is called all the same"
@@ -117,7 +118,7 @@ def test_a_lineage_or_a_picture_that_cannot_be_made_ends_no_training(tmp_path, c
     run = RunDir(tmp_path / "run")
     run.metrics_file.parent.mkdir()
     run.metrics_file.write_text('{"kind": "train"}\n')  # which step?
-    with caplog.at_level(logging.WARNING, "ditty.trackers"):
+    with caplog.at_level(logging.WARNING, "ditty.training.trackers"):
         Reports([Away()], run).result(tmp_path / "nothing", Store(tmp_path))
     assert caplog.text.count("the tracker mlflow") == 2
     assert "KeyError: 'step'" in caplog.text and f"{tmp_path}/nothing" in caplog.text
@@ -133,7 +134,7 @@ def test_a_tracker_that_is_gone_is_told_nothing_after_its_third_failure_in_a_row
                 super().log(values, step)
 
     reports = Reports([Gone()], RunDir(tmp_path))
-    with caplog.at_level(logging.WARNING, "ditty.trackers"):
+    with caplog.at_level(logging.WARNING, "ditty.training.trackers"):
         for step in range(1, 10):
             reports.tell("train", {"step": step, "loss": 2.0})
     assert Gone.asked == [1, 2, 3, 4, 5, 6], "the answer to the third one counts"

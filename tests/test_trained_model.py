@@ -4,12 +4,12 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from ditty import attention
-from ditty.choices import Precision
-from ditty.evaluate import HeldOut
-from ditty.model import save_trained
-from ditty.parallel import whole_weights
-from ditty.world import single
+from ditty.config.choices import Precision
+from ditty.distributed.parallel import whole_weights
+from ditty.distributed.world import single
+from ditty.models import attention
+from ditty.models.model import save_trained
+from ditty.training.evaluate import HeldOut
 from tests.test_trainer import CPU, build, folder, run_trainer  # noqa: F401
 from tests.tiny import random_rows
 
@@ -37,7 +37,7 @@ def test_peft_loads_the_saved_adapter_and_computes_the_same(folder, tmp_path):
 
 
 def test_generation_uses_a_cache_and_puts_packed_attention_back(folder):
-    from ditty.evaluate import complete
+    from ditty.training.evaluate import complete
     from tests.tiny import make_tokenizer
 
     model = build(folder, adapter="lora")

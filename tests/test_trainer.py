@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from ditty.batches import collate
-from ditty.choices import Precision
+from ditty.config.choices import Precision
+from ditty.config.spec import ModelSpec, TrainSpec
+from ditty.distributed.parallel import whole_weights
+from ditty.distributed.world import single
 from ditty.errors import ArtifactDamaged, RunError, RunMismatch
-from ditty.evaluate import held_out_loss
-from ditty.feed import LoaderFeed, PackedFeed
-from ditty.loss import token_loss_sum
-from ditty.model import add_adapter, base_model, load_base, prepare_model, trainable
-from ditty.parallel import whole_weights
-from ditty.recompute import recompute_blocks
-from ditty.rundir import RunDir
-from ditty.sampler import BatchSplit, SampleOrder
-from ditty.spec import ModelSpec, TrainSpec
-from ditty.trainer import Place, Trainer
-from ditty.world import single
+from ditty.models.batches import collate
+from ditty.models.model import add_adapter, base_model, load_base, prepare_model, trainable
+from ditty.runs.rundir import RunDir
+from ditty.training.evaluate import held_out_loss
+from ditty.training.feed import LoaderFeed, PackedFeed
+from ditty.training.loss import token_loss_sum
+from ditty.training.recompute import recompute_blocks
+from ditty.training.sampler import BatchSplit, SampleOrder
+from ditty.training.trainer import Place, Trainer
 from tests.tiny import make_model_folder, random_rows, tiny_config
 
 CPU = torch.device("cpu")

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from prefect import flow
 
-from ditty import lease
-from ditty.artifacts import Store, commit_dir
+from ditty.config.spec import RunSpec
 from ditty.errors import Crashed, DittyError, OutOfMemory, Preempted, RunBusy, SpecError
-from ditty.lease import take
-from ditty.remote import Remote
-from ditty.rundir import Result, RunDir, Status, append_record
-from ditty.spec import RunSpec
-from ditty.stages import StageRef
+from ditty.runs import lease
+from ditty.runs.lease import take
+from ditty.runs.rundir import Result, RunDir, Status, append_record
+from ditty.stages.stageline import StageRef
+from ditty.store.artifacts import Store, commit_dir
+from ditty.store.remote import Remote
 from flows import cancel, tasks, training
+from flows.commands.progress import Event, EventState, listen
 from flows.mirror import remote_checkpoints
-from flows.progress import Event, EventState, listen
 from flows.training import Work
 
 OK = Result(Status.OK, 10)
@@ -31,7 +31,7 @@ Act = Callable[["Trainings"], Result]
 
 
 class Trainings:
-    """Stands in for `ditty.launch.run_stage`: each attempt does what the next act says."""
+    """Stands in for `launch.run_stage`: each attempt does what the next act says."""
 
     def __init__(self, home: Path, url: str | None = None, retries: int = 3):
         launch = {"retries": retries, "retry_delay_seconds": 0, "device": "cpu"}
@@ -278,8 +278,8 @@ def test_logs_and_progress_reach_the_api(trainings: Trainings, impatient: None) 
     from prefect.runtime import flow_run
 
     def act(trainings: Trainings) -> Result:
-        trainings.on_line("WARNING ditty.checkpoint: set aside")
-        trainings.on_line("INFO ditty.trainer: step 1/10 loss 1.5")
+        trainings.on_line("WARNING ditty.training.checkpoint: set aside")
+        trainings.on_line("INFO ditty.training.trainer: step 1/10 loss 1.5")
         append_record(trainings.run.metrics_file, train_record(4))
         trainings.check()
         time.sleep(0.3)

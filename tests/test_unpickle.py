@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ditty import basemodel, shards
-from ditty.artifacts import Store
-from ditty.basemodel import Kind
-from ditty.choices import Precision, Quantization
+from ditty.config.choices import Precision, Quantization
+from ditty.conversion.unpickle import convert_pickled
 from ditty.errors import ModelError
-from ditty.modelfolder import PICKLED, PICKLED_INDEX
-from ditty.unpickle import convert_pickled
+from ditty.pretrained import basemodel
+from ditty.pretrained.basemodel import Kind
+from ditty.pretrained.modelfolder import PICKLED, PICKLED_INDEX
+from ditty.quantization import shards
+from ditty.store.artifacts import Store
 from flows.quantize import quantize
 
 from .tiny import make_model_folder, tiny_config

@@ -20,15 +20,15 @@ from tests.processes import ROOT
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("WARNING ditty.checkpoint: set aside", (logging.WARNING, "set aside")),
+        ("WARNING ditty.training.checkpoint: set aside", (logging.WARNING, "set aside")),
         (
-            "INFO ditty.trainer: training from step 0 to 9",
+            "INFO ditty.training.trainer: training from step 0 to 9",
             (logging.INFO, "training from step 0 to 9"),
         ),
         ("[rank1]:ERROR ditty.worker: gone", (logging.ERROR, "gone")),
-        ("INFO ditty.trainer: step 3/9 loss 1.25", (logging.DEBUG, "step 3/9 loss 1.25")),
+        ("INFO ditty.training.trainer: step 3/9 loss 1.25", (logging.DEBUG, "step 3/9 loss 1.25")),
         (
-            "INFO ditty.trainer: step 3 held-out loss 1.2",
+            "INFO ditty.training.trainer: step 3 held-out loss 1.2",
             (logging.INFO, "step 3 held-out loss 1.2"),
         ),
         (

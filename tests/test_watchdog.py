@@ -36,7 +36,7 @@ class Kept:
         command = [sys.executable, "-c", f"{code}; time.sleep(600)"]
         (place / "server.json").write_text(json.dumps({"url": "http://127.0.0.1:1/api"}))
         self.watchdog = subprocess.Popen(
-            [sys.executable, "-m", "flows.watchdog", str(place), *command], cwd=ROOT
+            [sys.executable, "-m", "flows.serving.watchdog", str(place), *command], cwd=ROOT
         )
         while not (place / "pid").exists() or not (place / "pid").read_text():
             time.sleep(0.05)
@@ -80,5 +80,5 @@ def test_exit_code_of_a_command_that_ends_by_itself(tmp_path: Path) -> None:
     with open(tmp_path / "users.lock", "ab") as user:
         fcntl.flock(user, fcntl.LOCK_SH)
         command = [sys.executable, "-c", "raise SystemExit(3)"]
-        arguments = [sys.executable, "-m", "flows.watchdog", str(tmp_path), *command]
+        arguments = [sys.executable, "-m", "flows.serving.watchdog", str(tmp_path), *command]
         assert subprocess.run(arguments, cwd=ROOT).returncode == 3

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, initialization
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from ditty import skeleton
-from ditty.choices import Precision
+from ditty.config.choices import Precision
+from ditty.config.spec import ModelSpec
 from ditty.errors import ModelError
-from ditty.model import load_base
-from ditty.spec import ModelSpec
-from ditty.weights import WeightFiles
+from ditty.models import skeleton
+from ditty.models.model import load_base
+from ditty.models.weights import WeightFiles
 from tests.architectures import BUILT, make, rewrite
 
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ def test_experts_in_either_layout(folders, tmp_path):
 def test_a_name_that_needs_no_renaming_is_left_alone(folders, monkeypatch):
     """As in from_pretrained: a rule for an older layout may also match a name of the new one."""
     rules = [WeightRenaming("model.norm", "model.final_norm")]
-    monkeypatch.setattr("ditty.weights.get_model_conversion_mapping", lambda *a: rules)
+    monkeypatch.setattr("ditty.models.weights.get_model_conversion_mapping", lambda *a: rules)
     assert different(ours(folders["llama"])[1], theirs(folders["llama"])) == []
 
 

@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
-from ditty import tables
-from ditty.dataspec import DataSpec
-from ditty.tokenization import tokenize
+from ditty.config.dataspec import DataSpec
+from ditty.dataset import tables
+from ditty.dataset.tokenization import tokenize
 
 
 def messages(turns):

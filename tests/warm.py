@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from ditty import launch
-from ditty.files import read_json
+from ditty.processes import launch
+from ditty.store.files import read_json
 
 FORK = multiprocessing.get_context("fork")
 SERVER = multiprocessing.get_context("forkserver")

@@ -1,0 +1,1 @@
+"""From and to other formats: .gguf, .bin, an adapter merged into its base."""

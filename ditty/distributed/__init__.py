@@ -1,0 +1,1 @@
+"""One model over several processes: DDP, FSDP2, ZeRO-3, and their optimizers."""

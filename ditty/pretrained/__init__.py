@@ -1,0 +1,1 @@
+"""Base models: which one is meant, and where its files are."""

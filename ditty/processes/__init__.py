@@ -1,0 +1,1 @@
+"""Starting a stage in processes of its own, and leaving none behind."""

@@ -1,0 +1,1 @@
+"""Quantized checkpoints, made once, a tensor at a time."""

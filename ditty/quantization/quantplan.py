@@ -1,0 +1,258 @@
+"""What `from_pretrained` would do with a checkpoint if it were to quantize it, tensor by tensor.
+
+transformers decides: which layers bitsandbytes replaces, what the checkpoint's names mean, which
+weights stay in fp32. Its own functions are asked, on a model without weights; no list of names is
+kept here. They are not its public interface: tests compare the outcome with from_pretrained.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ditty.errors import ModelError
+from ditty.pretrained.modelfolder import weight_files
+from ditty.store.readahead import Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+MADE_HERE = ".weight_scale"  # of a float8 layer: no checkpoint has it before
+Size = Callable[[int, int], int]  # bytes of a quantized layer on disk, by its `out` and `in`
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the checkpoint and what becomes of it.
+
+    Attributes:
+        file: the safetensors file that holds it.
+        name: its name there, which it keeps.
+        target: the model's name for it.
+        count: its weights.
+        dtype: what it is cast to, before anything else.
+        quantized: or else a plain copy.
+        transposed: of a layer of GPT-2's kind, which holds [in, out]; quantized, [out, in].
+        source: where its bytes lie.
+        result_bytes: size on disk, exact or slightly too large.
+    """
+
+    file: Path
+    name: str
+    target: str
+    count: int
+    dtype: torch.dtype
+    quantized: bool
+    transposed: bool
+    source: Span
+    result_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of one tensor.
+
+    Attributes:
+        span: where its bytes lie.
+        dtype: as safetensors spells it, e.g. BF16.
+    """
+
+    file: Path
+    name: str
+    shape: list[int]
+    span: Span
+    dtype: str
+
+
+def skeleton(
+    source: Path,
+    settings: "QuantizationConfigMixin",
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> "PreTrainedModel":
+    """The model without weights, its layers replaced as in from_pretrained.
+
+    Raises:
+        ModelError: transformers cannot build it, or some of its large weights would silently stay
+            as they are.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    from ditty.models.skeleton import build_empty
+
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    model = build_empty(
+        source, dtype, lambda config: quantizer, trust_remote_code=trust_remote_code
+    )
+    _refuse_fused(model, source)
+    return model
+
+
+def is_quantized(model: "PreTrainedModel", name: str) -> bool:
+    """Whether the parameter `name` of a `skeleton` is quantized."""
+    return bool(_quantizer(model).param_needs_quantization(model, name))
+
+
+def _quantizer(model: "PreTrainedModel") -> Any:
+    return model.hf_quantizer
+
+
+def _refuse_fused(model: "PreTrainedModel", source: Path) -> None:
+    """Raise where experts are fused in one tensor: they would stay in full size without a word.
+
+    bitsandbytes replaces linear layers; a parameter of three dimensions outside a convolution is
+    a stack of matrices that it does not see.
+    """
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim >= 3 and not isinstance(owner, convolutions):
+            raise ModelError(
+                f"{name} of {source} has shape {list(parameter.shape)}: experts fused in one "
+                "tensor, which bitsandbytes cannot quantize and would leave in full size. "
+                "Use model.quantization: none, or a dense model"
+            )
+    if not any(is_quantized(model, name) for name, _ in model.named_parameters()):
+        raise ModelError(f"the model in {source} has no linear layer that could be quantized")
+
+
+def plan(
+    model: "PreTrainedModel", source: Path, dtype: torch.dtype, size: Size
+) -> tuple[list[Tensor], list[str]]:
+    """Every tensor to be written, ordered by file and name, and the names that are not loaded.
+
+    Raises:
+        ModelError: checkpoint and config do not fit each other, or the checkpoint's layout needs
+            more than renaming.
+    """
+    rename = _renaming(model)
+    cast = _casting(model, dtype)
+    known = model.state_dict()
+    tensors: dict[str, Tensor] = {}
+    ignored: list[str] = []
+    for header in headers(source):
+        target = rename(header.name)
+        if target not in known:
+            ignored.append(header.name)
+            continue
+        if target in tensors:
+            raise ModelError(
+                f"{source}: {tensors[target].name} and {header.name} are the same weight, {target}"
+            )
+        tensors[target] = _describe(model, header, target, cast(target), size)
+        shape = list(known[target].shape)
+        expected = shape[::-1] if tensors[target].transposed else shape
+        if header.shape != expected:
+            raise ModelError(
+                f"{header.name} in {header.file} has shape {header.shape}, config.json makes it "
+                f"{expected}: weights and config are of different models"
+            )
+    _check_complete(model, set(tensors), source)
+    return list(tensors.values()), ignored
+
+
+def _describe(
+    model: "PreTrainedModel", header: Header, target: str, dtype: torch.dtype, size: Size
+) -> Tensor:
+    from transformers.pytorch_utils import Conv1D
+
+    count = math.prod(header.shape)
+    quantized = is_quantized(model, target)
+    owner: Any = model.get_submodule(target.rpartition(".")[0])
+    if quantized and not header.name.endswith("weight"):
+        raise ModelError(
+            f"{header.name} in {header.file} is the weight {target} under another name, beside "
+            "which its scales would not be found. Use model.quantization: none"
+        )
+    return Tensor(
+        file=header.file,
+        name=header.name,
+        target=target,
+        count=count,
+        dtype=dtype,
+        quantized=quantized,
+        transposed=quantized and issubclass(getattr(owner, "source_cls", torch.nn.Linear), Conv1D),
+        source=header.span,
+        result_bytes=(
+            size(owner.out_features, owner.in_features) if quantized else count * dtype.itemsize
+        ),
+    )
+
+
+def _renaming(model: "PreTrainedModel") -> Callable[[str], str]:
+    """From a checkpoint's name of a tensor to the model's."""
+    from ditty.models.weights import CheckpointNames
+
+    names = CheckpointNames(model)
+
+    def rename(name: str) -> str:
+        found, pattern = names.target(name)
+        if pattern is not None:
+            raise ModelError(
+                f"the checkpoint's tensor {name} is not {found} itself: transformers computes one "
+                "from the other, which is not done here. Use model.quantization: none"
+            )
+        return found
+
+    return rename
+
+
+def _casting(model: "PreTrainedModel", dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """What from_pretrained casts a parameter to: `dtype`, but for those a model keeps in fp32."""
+    from ditty.models.weights import kept_in_fp32
+
+    kept = kept_in_fp32(model, dtype)
+    known = model.state_dict()
+
+    def cast(name: str) -> torch.dtype:
+        return kept(name) or (dtype if is_quantized(model, name) else known[name].dtype)
+
+    return cast
+
+
+def _check_complete(model: "PreTrainedModel", seen: set[str], source: Path) -> None:
+    """Raise for a parameter that no tensor fills: from_pretrained would make it up at random."""
+    tied = model.all_tied_weights_keys
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name.endswith(MADE_HERE):
+            continue
+        root = tied.get(name, name)
+        same = {name, root, *(target for target, origin in tied.items() if origin == root)}
+        if not same & seen:
+            raise ModelError(
+                f"{source} has no tensor for {name}: the checkpoint is incomplete, "
+                "or its config.json is of another model"
+            )
+
+
+def headers(source: Path) -> Iterator[Header]:
+    """The tensors of a checkpoint, by file and name; no weights are read.
+
+    Source: the safetensors format: an 8-byte length, that much JSON, and the tensors' bytes.
+    """
+    for file in weight_files(source):
+        size = file.stat().st_size
+        try:
+            with open(file, "rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                if length > size:
+                    raise ValueError(f"a header of {length} bytes in a file of {size}")
+                entries = json.loads(stream.read(length))
+            entries.pop("__metadata__", None)
+            spans = {name: entry["data_offsets"] for name, entry in sorted(entries.items())}
+            expected = 8 + length + max((end for _, end in spans.values()), default=0)
+            if size != expected:
+                raise ValueError(f"{size} bytes, expected {expected}")
+            for name, (begin, end) in spans.items():
+                shape, dtype = list(entries[name]["shape"]), str(entries[name]["dtype"])
+                yield Header(file, name, shape, Span(file, 8 + length + begin, end - begin), dtype)
+        except (struct.error, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{file} is damaged or no safetensors file ({error}): copy or download it again"
+            ) from error

@@ -1,0 +1,1 @@
+"""What became of a run: models handed on, compared, traced and checked."""

@@ -1,0 +1,1 @@
+"""A run on disk: its directory, its progress, and what can be seen of it."""

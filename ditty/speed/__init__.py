@@ -1,0 +1,1 @@
+"""Benchmarks: ours, TRL's on the same work, and profiles."""

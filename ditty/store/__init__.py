@@ -1,0 +1,1 @@
+"""Where things are kept: files written durably, committed directories, remotes."""

@@ -1,0 +1,1 @@
+"""The `ditty` command and what it prints."""

@@ -1,0 +1,1 @@
+"""Prefect itself: the local server, deployments, automations."""
