@@ -25,9 +25,11 @@ def test_two_processes_train_on_weights_that_are_drawn_once(tmp_path, monkeypatc
     lines.clear()
     warm.instead_of_launching(monkeypatch)
     nf4 = bench_spec([*SMALL, "model.quantization=nf4", "launch.device=cpu"])
-    run_bench(nf4, options | {"longest": 128}, tmp_path, lines.append)
+    found = run_bench(nf4, options | {"longest": 128, "checkpoint": True}, tmp_path, lines.append)
+    assert found["stalled_seconds"] > 0 and "save_seconds" in found
     assert not any("drawing" in line for line in lines)
     assert (tmp_path / "bench" / "tiny-nf4" / "config.json").exists()
+    assert {p.name for p in (tmp_path / "bench").iterdir()} == {"tiny", "tiny-nf4"}
 
 
 @pytest.mark.usefixtures("forked_workers")

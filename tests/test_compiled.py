@@ -25,7 +25,7 @@ from ditty.training.feed import LoaderFeed, packed_feed, row_bounds
 from ditty.training.trainer import Place, Trainer
 from tests import scenarios
 from tests.tables_for_tests import write_rows
-from tests.tiny import make_model_folder, random_rows
+from tests.tiny import make_model_folder, random_rows, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -224,27 +224,33 @@ def test_what_cannot_be_compiled_is_refused_by_the_spec(section, key, value, mat
 
 
 def test_two_processes_with_cut_and_recomputed_blocks(root, tmp_path):
-    """FSDP2 names a block's class anew, and recomputation goes around what is compiled."""
-    (tmp_path / "nf4").mkdir()
-    quantize(root / "model", tmp_path / "nf4", Quantization.NF4, "float32")
+    """FSDP2 names a block's class anew, and recomputation goes around what is compiled. More
+    blocks are no more programs."""
+    make_model_folder(tmp_path / "deep", tiny_config(num_hidden_layers=5))
+    for name, source in (("nf4", root / "model"), ("deep-nf4", tmp_path / "deep")):
+        (tmp_path / name).mkdir()
+        quantize(source, tmp_path / name, Quantization.NF4, "float32")
     write_rows(tmp_path / "data" / "train.arrow", random_rows(16))
     write_rows(tmp_path / "data" / "eval.arrow", random_rows(2, seed=1))
     train = {
         "max_steps": 4, "precision": "fp32", "micro_batch_size": 2,
         "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "save_steps": 4,
     }  # fmt: skip
-    changes = {
-        "plain": {"sharding": "ddp"},
-        "compiled": {"sharding": "fsdp2", "compile": True, "activation_checkpointing": "all"},
-    }
+    cut = {"sharding": "fsdp2", "compile": True, "activation_checkpointing": "all"}
     jobs = [
         scenarios.job(
             tmp_path, name, {"lora_r": 4, "quantization": "nf4"}, {**train, **change},
-            model_dir=str(tmp_path / "nf4"), backend="aot_eager",
+            model_dir=str(tmp_path / folder), backend="aot_eager",
         )
-        for name, change in changes.items()
+        for name, folder, change in (
+            ("plain", "nf4", {"sharding": "ddp"}),
+            ("compiled", "nf4", cut),
+            ("deep", "deep-nf4", {**cut, "max_steps": 1}),
+            ("shallow", "nf4", {**cut, "max_steps": 1}),
+        )
     ]  # fmt: skip
     results = scenarios.launch(tmp_path / "job", jobs)
     assert results["plain"]["programs"] == 0 and results["compiled"]["programs"] > 0
-    plain, found = ([float.fromhex(x) for x in results[n]["losses"]] for n in changes)
+    assert results["deep"]["programs"] == results["shallow"]["programs"] > 0
+    plain, found = ([float.fromhex(x) for x in results[n]["losses"]] for n in ("plain", "compiled"))
     assert len(found) == 4 and found == pytest.approx(plain, rel=1e-6)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +91,15 @@ def pack_quantized(model: PreTrainedModel, files: WeightFiles, device: torch.dev
     """Give each 4-bit layer a packed meta weight of one column, and its scales on `device`.
 
     The bytes are viewed as the layer's compute dtype, since FSDP2 and ZeRO-3 cut floating-point
-    tensors; scales are whole in each process (a 30th of
-    the weights).
+    tensors; scales are whole in each process (a 30th of the weights).
 
     Returns:
         names of the packed weights.
     """
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
+
+    from ditty.models.packed import PackedLinear4bit
 
     packed = set()
     for name, layer in model.named_modules():
@@ -114,23 +114,9 @@ def pack_quantized(model: PreTrainedModel, files: WeightFiles, device: torch.dev
         layer.weight = torch.nn.Parameter(empty, requires_grad=False)
         layer.quant_state = state
         layer.quant_storage = storage
-        layer.forward = partial(_forward_packed, layer)  # type: ignore[method-assign]
+        layer.__class__ = PackedLinear4bit
         packed.add(weight)
     return packed
-
-
-def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """bitsandbytes' Linear4bit.forward on bytes, whatever they are stored as.
-
-    Its own puts another parameter in the place of the sharding's, repacks weights on some CPUs,
-    and takes another kernel, which rounds otherwise, for weights not stored as bytes.
-    """
-    from bitsandbytes import matmul_4bit
-
-    weight = layer.weight.view(torch.uint8).view(-1, 1)
-    inside = x.to(layer.compute_dtype)
-    bias = None if layer.bias is None else layer.bias.to(layer.compute_dtype)
-    return matmul_4bit(inside, weight, bias=bias, quant_state=layer.quant_state).to(x.dtype)
 
 
 def fill_buffers(model: PreTrainedModel, files: WeightFiles, device: torch.device) -> None:

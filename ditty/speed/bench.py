@@ -1,13 +1,14 @@
 """How fast a spec trains, on random weights of a named shape and rows of random tokens.
 
-The training is that of `ditty run`, in as many processes; nothing is saved. Weights are drawn once
-and kept in DITTY_HOME/bench.
+The training is that of `ditty run`, in as many processes; of it nothing is kept. Weights are drawn
+once and kept in DITTY_HOME/bench.
 """
 
 import logging
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -115,9 +116,11 @@ def random_rows(
 
 
 class _Measured(Trainer):
-    """Leaves no checkpoint; where `profile` is set, the kernels of some steps go there."""
+    """Leaves no checkpoint, but for the one after `saved` steps; where `profile` is set, the
+    kernels of some steps go there."""
 
     profile: Profile | None = None
+    saved: int | None = None
 
     def save(self, step: int) -> None:
         """Nothing."""
@@ -127,6 +130,8 @@ class _Measured(Trainer):
             self.settle()
             self.profile.start()
         super()._step(work, micro_batches)
+        if work.step == self.saved:
+            super().save(work.step)
         if self.profile is not None and work.step == WARM_STEPS + PROFILED_STEPS:
             self.settle()
             self.profile.stop(PROFILED_STEPS)
@@ -137,13 +142,14 @@ def measure(spec: RunSpec, options: dict[str, Any], home: Path, world: World) ->
 
     Args:
         options: shape (a name of SHAPES), longest (see `random_rows`), profile (a file that gets a
-            table of kernels, or None).
+            table of kernels, or None), checkpoint (bool: save one halfway).
     Returns:
         tokens_per_second over all processes, of all steps but the first WARM_STEPS;
         peak_bytes of this process (on a GPU, the GPU's); host_peak_bytes, the most that any process
         held above what it did before the model was loaded; load_seconds; first_step_seconds, from
         the loaded model; programs compiled; the last loss; what memory was planned (planned_bytes,
-        recomputed_blocks), where it was; on GPUs also ceiling_tflops (a bf16 product measured
+        recomputed_blocks), where it was; with a checkpoint, what it took of the training's time
+        (see `_saving`); on GPUs also ceiling_tflops (a bf16 product measured
         here) and share_of_ceiling.
     """
     shape = SHAPES[options["shape"]]
@@ -157,9 +163,12 @@ def measure(spec: RunSpec, options: dict[str, Any], home: Path, world: World) ->
         trainer = _Measured(module, feed, spec.train, Place(run, world))
         if options.get("profile") and world.main:
             trainer.profile = Profile(Path(options["profile"]))
+        if options.get("checkpoint"):
+            trainer.saved = (WARM_STEPS + trainer.total_steps) // 2
         loaded = time.time()
         trainer.fit()
-        steps = [r for r in run.metrics() if r["kind"] == "train"]
+        records = list(run.metrics())
+    steps = [r for r in records if r["kind"] == "train"]
     above = max(world.gather(peak_memory(HOST) - imports))
     if not world.main:
         return {}
@@ -175,7 +184,19 @@ def measure(spec: RunSpec, options: dict[str, Any], home: Path, world: World) ->
         "planned_bytes": trainer.memory.peak if trainer.memory else None,
         "recomputed_blocks": trainer.memory.recomputed if trainer.memory else None,
     }
+    found |= _saving(steps, [r for r in records if r["kind"] == "save"])
     return found | _share(spec, shape, found["tokens_per_second"], world)
+
+
+def _saving(steps: list[dict[str, Any]], saves: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint took of the training's time: `stalled_seconds`, while no step ran, and
+    `save_seconds`, by which the step after it and those beside its writing took longer as well."""
+    if not saves:
+        return {}
+    (save,) = saves
+    usual = median(r["seconds"] for r in steps[WARM_STEPS : save["step"]])
+    longer = sum(r["seconds"] - usual for r in steps[save["step"] :])
+    return {"stalled_seconds": save["stalled_seconds"], "save_seconds": longer}
 
 
 def _feed(spec: RunSpec, shape: Shape, longest: int | None, world: World) -> PackedFeed:

@@ -45,10 +45,14 @@ def bench(
     profile: Annotated[
         Path | None, typer.Option(help="A file that gets a table of the GPU's kernels.")
     ] = None,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Save one halfway; say what it took.")
+    ] = False,
 ) -> None:
     """Measure how fast a spec trains here: tokens/s, memory, share of what the card can do."""
     spec, home = bench_spec(overrides or []), Store().home
     options: dict[str, Any] = {"shape": shape, "longest": longest, "by": "ditty"}
+    options["checkpoint"] = checkpoint
     if profile is not None:
         options["profile"] = str(profile.absolute())
     rows = {"ditty": _measured(spec, options, home)}
@@ -86,6 +90,9 @@ def _print_table(rows: dict[str, dict[str, Any]]) -> None:
     ours, *peers = (found["tokens_per_second"] for found in rows.values())
     for peer in peers:
         console.print(f"{ours / peer:.2f} times as fast")
+    if "stalled_seconds" in rows["ditty"]:
+        stalled, longer = rows["ditty"]["stalled_seconds"], rows["ditty"]["save_seconds"]
+        console.print(f"a checkpoint: {stalled:.1f} s without a step, {longer:.1f} s in all")
     if "device" in rows["ditty"]:
         found = rows["ditty"]
         ceiling = f"{found['ceiling_tflops']:.0f} TFLOP/s in a bf16 product"
