@@ -127,6 +127,7 @@ def all_jobs(root):
     yield scenario(root, "int8-ddp", "ddp", {"lora_r": 8, "quantization": "int8"}, "bf16")
     yield scenario(root, "dora-ddp", "ddp", {"adapter": "dora", "lora_r": 8}, "bf16")
     yield scenario(root, "dora-fsdp2", "fsdp2", {"adapter": "dora", "lora_r": 8}, "bf16")
+    yield from worlds(root)
     streamed = {
         "cpu_offload": True,
         "offload_gpu_gb": 0.012,  # half of the blocks
@@ -136,6 +137,20 @@ def all_jobs(root):
     keys = {"lora_r": 8, "quantization": "int8"}
     offloaded = scenario(root, "int8-offload", "none", keys, "bf16", train=streamed)
     yield {**offloaded, "model_dir": str(root / "model"), "processes": 1}
+
+
+def worlds(root):
+    """All GPUs, half of them, all of them: each time a stop on the way."""
+    if GPUS < 2:
+        return
+    keys, twice = {"lora_r": 8}, {"gradient_accumulation_steps": 4}
+    yield scenario(root, "worlds-reference", "ddp", keys, "fp32")
+    yield scenario(root, "worlds-a", "fsdp2", keys, "fp32", home="worlds", stop_before=5)
+    yield scenario(
+        root, "worlds-b", "fsdp2", keys, "fp32", home="worlds", stop_before=9,
+        processes=GPUS // 2, train=twice,
+    )  # fmt: skip
+    yield scenario(root, "worlds", "fsdp2", keys, "fp32", home="worlds")
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +232,21 @@ def test_the_same_sharded_training_again_and_again(root, results):
     """Sums in another order showed in a process's first training, and in 2 of 10 later ones."""
     for repeat in range(1, REPEATS):
         assert same_bits(root, results, "again-qlora-0", f"again-qlora-{repeat}"), repeat
+
+
+@pytest.mark.skipif(GPUS < 2, reason="one GPU")
+def test_half_of_the_gpus_and_all_again_keep_samples_and_rates(root, results, capsys):
+    reference, parts = results["worlds-reference"], ("worlds-a", "worlds-b", "worlds")
+    assert [results[part]["world_size"] for part in parts] == [GPUS, GPUS // 2, GPUS]
+    seen = {}
+    for part in parts:
+        seen |= results[part]["rows"]
+    assert seen == reference["rows"] and results["worlds"]["rates"] == reference["rates"]
+    found, expected = (load_file(root / f"{n}.safetensors") for n in ("worlds", "worlds-reference"))
+    worst = max(float((found[k] - expected[k]).abs().max()) for k in expected)
+    with capsys.disabled():
+        print(f"\n{GPUS}, {GPUS // 2}, {GPUS} GPUs: weights {worst:.0e} apart", end="")
+    assert worst < 1e-5
 
 
 @pytest.mark.parametrize("name", [*FSDP2_ODDITIES, "fp16-ddp", "fp16-fsdp2"])

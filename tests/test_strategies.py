@@ -46,6 +46,7 @@ SKIPPING = ("none", "ddp", "zero3")
 SLOW_SKIPPING = ("fsdp2",)
 SLOW_KILLED = {"fsdp2": (LORA,)}
 SLOW_CHANGED = ("ddp", "zero3")
+GROWN = {4: ("ddp", "fsdp2", "zero3", "hybrid"), 8: ("ddp", "fsdp2", "zero3", "hybrid")}
 EXPORTED = ("qlora-fsdp2", "full-zero3", "lora-zero3")
 KINDS = {"none": "Replicated", "ddp": "Replicated", "fsdp2": "FullySharded", "zero3": "Zero3"}
 
@@ -74,7 +75,7 @@ def results(root, request):
     ours = (item for item in request.session.items if item.module is request.module)
     if any(item.get_closest_marker("slow") for item in ours):
         jobs += [*_killed(root, SLOW_KILLED), *_changed_worlds(root, SLOW_CHANGED)]
-        jobs += _skipping(root, SLOW_SKIPPING)
+        jobs += [*_skipping(root, SLOW_SKIPPING), *_grown(root)]
     found = scenarios.launch(root / "job", jobs)
     return {name.replace(" ", "-"): result for name, result in found.items()}
 
@@ -131,6 +132,21 @@ def _killed(root, which):
         yield scenario(root, f"{name}-a", sharding, model, home=name, kill_before=13)
         yield scenario(root, f"{name}-b", sharding, model, home=name, stop_before=16)
         yield scenario(root, name, sharding, model, home=name)
+
+
+def _grown(root):
+    """Eight rows a step, on ever more processes."""
+    five = {"max_steps": 5, "gradient_accumulation_steps": 8}
+    for model in (FULL, PLAIN):
+        # One process takes twice the accumulation of two: see `scenario`.
+        one = {**five, "gradient_accumulation_steps": 4}
+        yield scenario(root, f"grown-{_short(model)}-1", "none", model, 1, train=one)
+        for size, shardings in GROWN.items():
+            for sharding in shardings:
+                train = {**five, "gradient_accumulation_steps": 8 // size}
+                train |= {"shard_size": 2} if sharding == "hybrid" else {}
+                name = f"grown-{_short(model)}-{size}-{sharding}"
+                yield scenario(root, name, sharding, model, size, train=train)
 
 
 def _short(model):
@@ -240,6 +256,24 @@ def test_hybrid_gives_the_bits_of_fsdp2(root, results):
     hybrid, whole = results["lora-hybrid"], results["lora-fsdp2-4"]
     assert losses(hybrid) == pytest.approx(losses(whole), rel=1e-6)
     assert max(hybrid["kept"]) > 1.6 * max(whole["kept"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["full", "lora"])
+@pytest.mark.parametrize("size", GROWN)
+def test_more_processes_give_the_losses_of_one(root, results, model, size, capsys):
+    """Sums of four or eight numbers, in another order than one process adds them."""
+    one = results[f"grown-{model}-1"]
+    assert len(one["losses"]) == 5
+    for sharding in GROWN[size]:
+        found = results[f"grown-{model}-{size}-{sharding}"]
+        assert (found["world_size"], found["rows"]) == (size, one["rows"])
+        apart = max(abs(a - b) / b for a, b in zip(losses(found), losses(one), strict=True))
+        with capsys.disabled():
+            print(f"\n{model}, {size} processes, {sharding}: {apart:.1e} from one")
+        assert apart < 1e-6
+        if sharding in SHARDED:
+            assert max(found["kept"]) < 1.3 / size * one["kept"][0]
 
 
 @pytest.mark.parametrize(
