@@ -253,12 +253,12 @@ class DataSpec(Section):
     """Processes for the row operations, and workers for the shards where `engine` is threads or
     processes; does not change the result."""
     shards: int = Field(default=1, ge=1)
-    """Tokenize the rows in so many parts, at most one for each 1,000 rows, each of which is kept
-    when a worker is lost; does not change the result."""
+    """Filter, map and tokenize the rows in so many parts, at most one for each 1,000 rows, each of
+    which is kept when a worker is lost; does not change the result."""
     engine: Engine = Engine.THREADS
     """What makes the shards: `threads` or `processes` of this machine, or the workers of a cluster
-    (`dask`, `ray`: the packages prefect-dask, prefect-ray), which must see DITTY_HOME and the base
-    model."""
+    (`dask`, `ray`: the packages prefect-dask, prefect-ray), which must see DITTY_HOME, the base
+    model and the files of your functions."""
     engine_address: str | None = None
     """Of the cluster's scheduler, tcp://host:8786 for example."""
 
