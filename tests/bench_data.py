@@ -21,8 +21,10 @@ well, these say more.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,23 +75,27 @@ def write_chats(rows, path):
                 out.write(json.dumps(chat) + "\n")
 
 
-def peak_mb():
-    """Peak resident memory of this process."""
-    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
-    return int(line.split()[1]) // 1024
-
-
 class Watch:
-    """Seconds since it was made: by the clock, and of the processor."""
+    """Since it was made: seconds by the clock and of the processor, and memory of this process.
+
+    Memory is what is not in a file: pages of mapped files go when others need the place.
+    """
 
     def __init__(self):
+        self.peak, self.done = 0, threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
         self.clock, self.processor = time.perf_counter(), processor()
 
+    def _look(self):
+        while not self.done.wait(0.02):
+            (line,) = re.findall(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())
+            self.peak = max(self.peak, int(line) // 1024)
+
     def read(self):
-        return {
-            "seconds": round(time.perf_counter() - self.clock, 2),
-            "cpu": round(processor() - self.processor, 2),
-        }
+        seconds, cpu = time.perf_counter() - self.clock, processor() - self.processor
+        self.done.set()
+        return {"seconds": round(seconds, 2), "cpu": round(cpu, 2), "peak_mb": self.peak}
 
 
 def processor():
@@ -220,7 +226,7 @@ def main():
     args.rows, args.model = args.home / "rows.jsonl", args.home / "model"
     if args.job:
         found = globals()[f"job_{args.job}"](args)
-        print(json.dumps(found | {"peak_mb": peak_mb()}))
+        print(json.dumps(found))
         return
     prepare(args)
     results = {}

@@ -80,7 +80,7 @@ def _first_rows(data: DataSpec, count: int) -> tuple[dict[str, str], list[dict[s
     with tempfile.TemporaryDirectory(prefix="ditty-preview-") as scratch:
         folder = make_dir(Path(scratch) / "0")
         sources.load(few, folder)
-        for number, operation in enumerate(data.operations, 1):
+        for number, operation in enumerate(data.bound_operations, 1):
             out = make_dir(Path(scratch) / str(number))
             try:
                 operations.apply(operation, folder, out, operations.Part())
