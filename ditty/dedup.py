@@ -7,12 +7,13 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty.dataset import datafiles, sources, tables
 from ditty.dataset.quarantine import Quarantine
+from ditty.dataset.tokenization import row_fraction
 from ditty.errors import DataError
 from ditty.recipes import text_of
 from ditty.store import paths
@@ -98,23 +99,59 @@ def decontaminate(
 
     Source: arXiv:2005.14165, appendix C (runs of 13 words).
     """
-    whole: set[str] = set()
-    runs: dict[int, set[str]] = {}
-    for row in _held_out(file, file_column or column):
-        spoken = _words(text_of(row, file_column or column))
-        if not spoken:  # or it would be found in each row without words
-            continue
-        whole.add(" ".join(spoken))
-        if len(spoken) >= SHORTEST:
-            size = min(words, len(spoken))
-            runs.setdefault(size, set()).update(_runs(spoken, size))
-    kept = []
-    for number, row in enumerate(_rows(rows, [column])):
-        spoken = _words(text_of(row, column))
-        shared = any(not known.isdisjoint(_runs(spoken, size)) for size, known in runs.items())
-        if not shared and " ".join(spoken) not in whole:
-            kept.append(number)
-    return kept
+    name = file_column or column
+    known = _Known((text_of(row, name) for row in _held_out(file, name)), words)
+    texts = (text_of(row, column) for row in _rows(rows, [column]))
+    return [number for number, text in enumerate(texts) if not known.shares(text)]
+
+
+def decontaminate_held_out(
+    rows: "datasets.Dataset", held_out: dict[str, Any], column: str = "text", words: int = 13
+) -> list[int]:
+    """The rows that are to be held out, and those others that share no run of words with one.
+
+    Else as `decontaminate`. What the held-out rows of a run share with the rest of its data is
+    learned by heart, and their loss says less of anything else.
+
+    Args:
+        held_out: what decides which rows those are, which the spec puts in: `eval_fraction`, and
+            `columns`, the name of each that the format reads. Hence the last operation: rows are
+            held out by the content of these.
+        column: what is compared: not one that most rows share, as a system prompt.
+    """
+    columns = {c: name for c, name in held_out["columns"].items() if name in rows.column_names}
+    given = (tuple(row.values()) for row in _rows(rows, list(columns.values())))
+    content = (dict(zip(columns, values, strict=True)) for values in given)
+    held = {n for n, row in enumerate(content) if row_fraction(row) < held_out["eval_fraction"]}
+    texts = (text_of(row, column) for n, row in enumerate(_rows(rows, [column])) if n in held)
+    known = _Known(texts, words)
+    return [
+        number
+        for number, row in enumerate(_rows(rows, [column]))
+        if number in held or not known.shares(text_of(row, column))
+    ]
+
+
+class _Known:
+    """Texts whose runs of words others are not to have."""
+
+    def __init__(self, texts: Iterable[str], words: int):
+        self._whole: set[str] = set()
+        self._runs: dict[int, set[str]] = {}
+        for text in texts:
+            spoken = _words(text)
+            if not spoken:  # or it would be found in each row without words
+                continue
+            self._whole.add(" ".join(spoken))
+            if len(spoken) >= SHORTEST:
+                size = min(words, len(spoken))
+                self._runs.setdefault(size, set()).update(_runs(spoken, size))
+
+    def shares(self, text: str) -> bool:
+        """Whether one of them has a run of the text, or all of it."""
+        spoken = _words(text)
+        shared = any(not known.isdisjoint(_runs(spoken, n)) for n, known in self._runs.items())
+        return shared or " ".join(spoken) in self._whole
 
 
 def _rows(rows: "datasets.Dataset", columns: list[str] | None) -> Iterator[dict[str, Any]]:

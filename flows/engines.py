@@ -22,7 +22,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from ditty.config.choices import Engine
-from ditty.config.dataspec import DataSpec
 from ditty.errors import Crashed, DittyError
 from ditty.planning import preflight
 from ditty.stages import datashards
@@ -65,7 +64,7 @@ def run_shards(shards: Sequence[StageRef], work: ShardWork) -> None:
         with ExitStack() as stack:
             if work.data.engine is Engine.PROCESSES:
                 build = stack.enter_context(Processes(work.data.num_proc)).build
-            runner = stack.enter_context(task_runner(work.data))
+            runner = stack.enter_context(task_runner(work))
             given = {"work": work, "build": build}
             futures = [runner.submit(make_shard, {"ref": ref, **given}) for ref in shards]
             for future in futures:
@@ -82,8 +81,9 @@ def run_shards(shards: Sequence[StageRef], work: ShardWork) -> None:
         ) from error
 
 
-def task_runner(data: DataSpec) -> TaskRunner[Any]:
+def task_runner(work: ShardWork) -> TaskRunner[Any]:
     """Prefect's, for `data.engine`; `preflight` has seen that its package is here."""
+    data = work.data
     if data.engine is Engine.DASK:
         from prefect_dask import DaskTaskRunner
 
@@ -92,7 +92,7 @@ def task_runner(data: DataSpec) -> TaskRunner[Any]:
         from prefect_ray import RayTaskRunner
 
         return RayTaskRunner(address=data.engine_address)
-    return ThreadPoolTaskRunner(max_workers=data.num_proc)
+    return ThreadPoolTaskRunner(max_workers=data.num_proc // work.processes)
 
 
 class Processes:

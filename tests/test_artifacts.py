@@ -1,8 +1,10 @@
 """Committed directories: whole or absent, and verified."""
 
 import json
+import mmap
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ditty.errors import ArtifactDamaged, StoreError
+from ditty.store import digests
 from ditty.store.artifacts import (
     MADE_BY,
     MANIFEST,
@@ -21,7 +24,7 @@ from ditty.store.artifacts import (
     staging_dir,
     verify,
 )
-from ditty.store.files import FileLock, canonical_json, make_dir, write_atomic
+from ditty.store.files import FileLock, canonical_json, make_dir, sha256_file, write_atomic
 
 
 def make(final: Path, **files: str) -> Manifest:
@@ -47,21 +50,75 @@ def test_digest_depends_on_content_alone(tmp_path):
     assert list(one.files) == ["sub/x"]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "link"])
-def test_damage_is_found_set_aside_and_rebuilt(tmp_path, damage):
-    store = Store(tmp_path)
+def flip(path: Path) -> None:
+    path.write_bytes(b"conteNt")
+
+
+def flip_and_set_back_the_clock(path: Path) -> None:
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def flip_in_memory(path: Path) -> None:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped[5:6] = b"N"
+        mapped.flush()
+
+
+def put_another_in_its_place(path: Path) -> None:
+    other = path.parent.parent / "other"
+    shutil.copy2(path, other)
+    flip_and_set_back_the_clock(other)
+    other.replace(path)
+
+
+def put_a_link_in_its_place(path: Path) -> None:
+    elsewhere = path.parent.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+DAMAGES = [
+    flip,
+    flip_and_set_back_the_clock,
+    flip_in_memory,
+    put_another_in_its_place,
+    put_a_link_in_its_place,
+    lambda path: path.write_bytes(b"conten"),
+    lambda path: path.unlink(),
+]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Files that were read for their digest; a few bytes are large enough to remember it."""
+    found = []
+    monkeypatch.setattr(digests, "SMALLEST", 1)
+    monkeypatch.setattr(
+        digests, "sha256_file", lambda path: found.append(path) or sha256_file(path)
+    )
+    return found
+
+
+def made_in(store: Store) -> Path:
+    """A file of an artifact that is remembered."""
     with store.commit("stage", "key", {}) as out:
         (out / "x").write_bytes(b"content")
     path = store.path("stage", "key") / "x"
-    if damage == "flip":
-        path.write_bytes(b"conteNt")
-    elif damage == "cut":
-        path.write_bytes(b"conten")
-    elif damage == "remove":
-        path.unlink()
-    else:
-        path.rename(tmp_path / "elsewhere")
-        path.symlink_to(tmp_path / "elsewhere")
+    digests.remember(path, sha256_file(path), store.home)  # its clock has moved on by now
+    return path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("remembered", [False, True])
+def test_damage_is_found_set_aside_and_rebuilt(tmp_path, damage, remembered, request):
+    store = Store(tmp_path)
+    if remembered:
+        read = request.getfixturevalue("reads")
+    path = made_in(store)
+    assert store.find("stage", "key") and not (remembered and read)
+    damage(path)
     with pytest.raises(ArtifactDamaged, match=str(path)):
         verify(path.parent)
     assert store.find("stage", "key") is None
@@ -69,6 +126,32 @@ def test_damage_is_found_set_aside_and_rebuilt(tmp_path, damage):
     with store.commit("stage", "key", {}) as out:
         (out / "x").write_bytes(b"content")
     assert store.find("stage", "key")
+
+
+def test_what_is_remembered_is_read_again_after_a_start_of_the_machine(
+    tmp_path, reads, monkeypatch
+):
+    store = Store(tmp_path)
+    path = made_in(store)
+    (tmp_path / "boot").write_text("another")
+    monkeypatch.setattr(digests, "BOOT", tmp_path / "boot")
+    for _ in range(3):
+        assert store.find("stage", "key")
+    assert reads == [path], "once"
+    (note,) = (tmp_path / "digests").iterdir()
+    note.write_bytes(note.read_bytes()[:-9])
+    assert store.find("stage", "key") and store.find("stage", "key")
+    assert reads == [path, path], "a note that is torn is none"
+
+
+def test_a_file_that_changed_in_this_tick_of_the_clock_is_not_remembered(tmp_path, reads):
+    """As on file systems whose clocks are coarse: written again, it would look the same."""
+    path = made_in(Store(tmp_path))
+    ahead = digests._Note(path, tmp_path)
+    with ahead as note:
+        note._begun = path.stat().st_ctime_ns
+        note.keep(digests._state(path), "0" * 64)
+    assert digests.sha256(path, tmp_path) == sha256_file(path)
 
 
 def test_the_first_of_two_commits_stays(tmp_path):

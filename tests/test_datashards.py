@@ -26,7 +26,7 @@ from prefect.client.schemas.objects import TaskRun
 
 from ditty.config.dataspec import DataSpec
 from ditty.config.spec import RunSpec
-from ditty.errors import DataError, RowError, SpecError
+from ditty.errors import DataError, RowError, SpecError, StoreError
 from ditty.planning import preflight
 from ditty.planning.plan import make_plan
 from ditty.runs.rundir import RunDir
@@ -42,6 +42,32 @@ from tests.tiny import make_model_folder
 ROWS = 4_300
 
 
+OPERATIONS = """
+import time
+
+def kept(row):
+    return row["text"] is not None and len(row["text"]) % 3 > 0
+
+def slowly(row):
+    time.sleep(0.002)
+    return True
+
+def halves_and_wholes(row):
+    return {"half": row["n"] if 1000 <= row["n"] < 4000 else row["n"] / 2}
+
+def sums(rows):
+    return {"sum": [sum(rows["n"]), len(rows["n"])]}
+
+def fails(row):
+    if row["n"] == 3210:
+        raise KeyError("body")
+    return row["n"] > 2500
+
+def never(row):
+    return False
+"""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, and rows of which some are long, empty, twice there, or bad."""
@@ -54,9 +80,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text: str | None = " ".join(draw.choices(words, k=draw.randrange(1, 30)))
         text = None if number % 97 == 5 else "" if number % 89 == 7 else text
         text = rows[number - 1500]["text"] if number > 2000 and number % 11 == 0 else text
-        rows.append({"text": text})
+        rows.append({"text": text, "n": number})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "ops.py").write_text(OPERATIONS)
     return folder
+
+
+def operation(place: Path, method: str, name: str, **options: Any) -> dict[str, Any]:
+    return {"method": method, "function": f"{place}/ops.py:{name}", **options}
 
 
 def spec_of(place: Path, **data: Any) -> RunSpec:
@@ -73,7 +104,7 @@ def spec_of(place: Path, **data: Any) -> RunSpec:
 
 
 def made(spec: RunSpec, store: Store, run: datashards.Run = datashards.in_turn) -> Manifest:
-    """The artifact of `tokenize`, and those before it."""
+    """The artifact of the first stage after `load`, and that one."""
     line = stageline.resolve(spec, store)
     for ref in line.data()[:2]:
         manifest = datastages.build_data(ref, line, spec, store, run)
@@ -94,7 +125,7 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @flow(name="data", validate_parameters=False)
 def data_flow(spec: RunSpec, store: Store) -> list[str]:
-    """The stages up to `tokenize`; how the last one ended."""
+    """`load` and the stage after it; how the last one ended."""
     line, ended = stageline.resolve(spec, store), []
     with listen(lambda event: ended.append(event.state)):
         for ref in line.data()[:2]:
@@ -239,8 +270,8 @@ def passes(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_one_was_made_twice(spec: RunSpec, home: Path, expected: Manifest) -> None:
-    key = stageline.resolve(spec, Store(home)).need("tokenize").key
-    assert contents(read_manifest(Store(home).path("tokenize", key))) == contents(expected)
+    ref = stageline.resolve(spec, Store(home)).data()[1]
+    assert contents(read_manifest(Store(home).path(ref.stage, ref.key))) == contents(expected)
     assert sorted(shards_begun(home / "passes.log").values()) == [1, 1, 1, 2]
 
 
@@ -267,10 +298,13 @@ def test_a_dask_worker_that_is_killed_costs_one_shard(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("names", [[], ["slowly"]])
 def test_a_process_that_is_killed_costs_one_shard(
-    slow_place: Path, home: Path, prefect_api: str, passes: Path
+    place: Path, slow_place: Path, home: Path, prefect_api: str, passes: Path, names: list[str]
 ) -> None:
-    expected, spec = whole_and_slow(slow_place, home, engine="processes", num_proc=2)
+    operations = [operation(place, "filter", name) for name in names]
+    data = {"engine": "processes", "num_proc": 2, "operations": operations}
+    expected, spec = whole_and_slow(slow_place, home, **data)
     passes.unlink()
     below = psutil.Process().children
     kill = KillOne(home, lambda: [child.pid for child in below(recursive=True)])
@@ -315,6 +349,62 @@ def test_shards_change_neither_the_key_nor_a_byte(
     assert facts["quarantined"] and facts["dropped"] and facts["truncated"] and facts["eval_rows"]
     assert (facts["eval_unused"] > 0) == (limit is not None)
     assert list((home / "store" / "shard").iterdir()) == [], "shards go when they are put together"
+
+
+ROW_OPERATIONS = [
+    ("filter", "kept", {}),
+    ("map", "halves_and_wholes", {"remove_columns": ["text"]}),
+    ("map", "sums", {"batched": True, "remove_columns": ["text", "n"]}),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "options"), ROW_OPERATIONS)
+@pytest.mark.parametrize(("shards", "num_proc"), [(3, 1), (100, 2)])
+def test_row_operations_in_shards_make_the_same_bytes(
+    place: Path, home: Path, method: str, name: str, options: Any, shards: int, num_proc: int
+) -> None:
+    """Also where a part alone finds other types: whole numbers, and then halves."""
+    wanted, made_of = [operation(place, method, name, **options)], []
+
+    def run(refs: Any, work: datashards.ShardWork) -> None:
+        datashards.in_turn(refs[::-1], work)
+        paths = [work.store.path(ref.stage, ref.key) for ref in refs]
+        made_of.extend(read_manifest(path).facts["rows_in"] for path in paths)
+
+    alone = made(spec_of(place, operations=wanted), Store(home / "alone"))
+    data = {"operations": wanted, "shards": shards, "num_proc": num_proc}
+    spec, store = spec_of(place, **data), Store(home)
+    assert contents(made(spec, store, run)) == contents(alone)
+    assert sum(made_of) == ROWS and len(made_of) == min(shards, 5)
+    assert list((home / "store" / "shard").iterdir()) == []
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("fails", "failed at row 3210: KeyError"), ("never", "leaves none of 4300 rows")],
+)
+def test_a_row_operations_errors_are_those_of_the_whole(
+    place: Path, home: Path, name: str, message: str, shards: int
+) -> None:
+    spec = spec_of(place, operations=[operation(place, "filter", name)], shards=shards)
+    with pytest.raises(DataError, match=f"^operation filter ops.py:{name} {message}"):
+        made(spec, Store(home))
+
+
+def test_a_worker_with_another_function_says_so(place: Path, home: Path) -> None:
+    spec = spec_of(place, operations=[operation(place, "filter", "kept")], shards=2)
+    ops = place / "ops.py"
+
+    def edited(refs: Any, work: datashards.ShardWork) -> None:
+        ops.write_text(OPERATIONS.replace("% 3", "% 5"))
+        datashards.in_turn(refs, work)
+
+    try:
+        with pytest.raises(StoreError, match="ops.py:kept is another function here than where"):
+            made(spec, Store(home), edited)
+    finally:
+        ops.write_text(OPERATIONS)
 
 
 def test_what_was_made_before_a_kill_is_found(place: Path, home: Path, whole: Any) -> None:

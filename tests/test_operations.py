@@ -11,7 +11,7 @@ import pytest
 from ditty.config.choices import OperationMethod
 from ditty.config.dataspec import Operation
 from ditty.dataset import functions, tables
-from ditty.dataset.operations import apply
+from ditty.dataset.operations import Part, apply
 from ditty.errors import DataError
 from ditty.stages.stageline import operation_inputs
 from ditty.store.files import canonical_json
@@ -27,6 +27,9 @@ OPS = """
 
     def double(row):
         return {"twice": row["text"] * 2}
+
+    def halves_first(row):
+        return {"half": row["n"] / 2 if row["n"] < 1000 else row["n"]}
 
     def twice_each(rows):
         return {"half": [n / 2 for n in rows["n"] for _ in range(2)]}
@@ -87,7 +90,7 @@ def applied(place, method, name, num_proc=1, **options):
     out.mkdir(exist_ok=True)
     function = f"rowops:{name}" if name else None
     operation = Operation(method=method, function=function, **options)
-    facts = apply(operation, place / "source", out, num_proc)
+    facts = apply(operation, place / "source", out, Part(num_proc=num_proc))
     for folder in (out, place / "source"):
         assert [p.name for p in folder.iterdir()] == ["data.arrow"], "no temporary file stays"
     path = out / "data.arrow"
@@ -118,6 +121,7 @@ def test_a_batched_map_may_change_the_number_of_rows(place):
     [
         ("filter", "longer", {"kwargs": {"least": 4}}),
         ("map", "double", {}),
+        ("map", "halves_first", {}),
         ("map", "batch_sizes", {"batched": True, "remove_columns": ["text", "n"]}),
     ],
 )
@@ -345,7 +349,8 @@ def test_no_torch_and_nothing_in_the_home(place):
     (place / "out").mkdir()
     code = (
         "import sys; from pathlib import Path; from ditty.dataset.operations import *;"
-        " apply(Operation(method='map', function='rowops:double'), Path('source'), Path('out'), 1);"
+        " operation = Operation(method='map', function='rowops:double');"
+        " apply(operation, Path('source'), Path('out'), Part());"
         " print({'torch', 'transformers'} & set(sys.modules))"
     )
     env = {**os.environ, "HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}

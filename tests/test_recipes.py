@@ -1,6 +1,7 @@
 """Ready-made operations against pandas, brute force, transformers, and numbers worked by hand."""
 
 import random
+from itertools import product
 from pathlib import Path
 
 import datasets
@@ -8,15 +9,17 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from ditty.config.dataspec import Operation
+from ditty.config.dataspec import HELD_OUT, DataSpec, Operation
 from ditty.dataset import tables
 from ditty.dataset.functions import digest
-from ditty.dataset.operations import apply
+from ditty.dataset.operations import Part, apply
+from ditty.dataset.tokenization import load_tokenizer
 from ditty.dedup import decontaminate, deduplicate, deduplicate_near
 from ditty.errors import DataError
 from ditty.quality import gopher_quality, gopher_repetition, quality, repetition
 from ditty.recipes import characters, has_words, tokens
 from ditty.stages.stageline import operation_inputs
+from tests.tokenized import run
 from tests.tokenizers_for_tests import train_tokenizer
 
 CHAT = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": None}]
@@ -156,6 +159,43 @@ def test_held_out_files_are_read_as_those_of_a_source(tmp_path):
         decontaminate(given, str(tmp_path / "exam"))
 
 
+def test_what_the_runs_own_held_out_rows_have_goes(tmp_path):
+    """Against runs of 13 words by hand, and the rows that `tokenize` does hold out."""
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices("abcdefghijklmnopqrst", k=30)) for _ in range(150)]
+    for text, size in product(texts[:60], (11, 12, 13, 14)):
+        texts.append(" ".join(text.split()[3 : 3 + size] + rng.choices("uvwxyz", k=15)))
+    rows = [{"body": text} for text in texts]
+    tokenizer = load_tokenizer(train_tokenizer(tmp_path / "tokenizer"))
+    data = {"format": "text", "columns": {"text": "body"}, "eval_fraction": 0.3, "seq_len": 512}
+    last = {"method": "select", "function": HELD_OUT, "kwargs": {"column": "body"}}
+    (operation,) = DataSpec(source="x", operations=[last], **data).bound_operations
+
+    def held_out(given):
+        _, _, held = run(tmp_path, given, tmp_path / "tokenizer", **data)
+        return [tokenizer.decode(row["input_ids"][:-1]) for row in held]
+
+    held = held_out(rows)
+    known = {gram for text in held for gram in runs(text, 13)}
+    expected = [r for r in rows if r["body"] in held or not known & runs(r["body"], 13)]
+    (tmp_path / "kept").mkdir()
+    apply(operation, tmp_path / "source", tmp_path / "kept", Part())
+    kept = tables.read(tmp_path / "kept" / "data.arrow").to_pylist()
+    assert kept == expected and 200 < len(kept) < len(rows) - 30
+    assert held_out(kept) == held and 80 < len(held) < 150
+    other = DataSpec(source="x", operations=[last], **data | {"eval_fraction": 0.2})
+    assert operation_inputs(other.bound_operations[0]) != operation_inputs(operation)
+
+
+def test_held_out_rows_are_known_only_at_the_end():
+    last = {"method": "select", "function": HELD_OUT}
+    after = {"method": "shuffle", "kwargs": {"seed": 1}}
+    with pytest.raises(ValueError, match="decontaminate_held_out must be the last of operations"):
+        DataSpec(source="x", operations=[last, after])
+    with pytest.raises(ValueError, match="needs held-out rows, and eval_fraction is 0"):
+        DataSpec(source="x", operations=[after, last], eval_fraction=0.0)
+
+
 def test_lengths(tmp_path):
     from transformers import AutoTokenizer
 
@@ -248,7 +288,7 @@ def test_a_recipe_over_all_rows_is_an_operation_like_any_other(tmp_path):
     tables.write(tmp_path / "source" / "data.arrow", [table], table.schema)
     operation = Operation(method="select", function="ditty.dedup:deduplicate")
     for name, processes in (("one", 1), ("three", 3)):
-        facts = apply(operation, tmp_path / "source", tmp_path / name, processes)
+        facts = apply(operation, tmp_path / "source", tmp_path / name, Part(num_proc=processes))
         assert (facts["rows_in"], facts["rows"]) == (2100, 700)
     files = [(tmp_path / name / "data.arrow").read_bytes() for name in ("one", "three")]
     assert files[0] == files[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ditty.config.dataspec import Operation
+from ditty.config.dataspec import DataSpec
 from ditty.config.spec import RunSpec
 from ditty.config.specfile import load_spec, parse_spec
 from ditty.dataset.functions import resolve
@@ -284,9 +284,8 @@ def test_the_readmes_spec_is_valid():
 
 
 def test_the_readmes_ready_made_operations_exist():
-    (values,) = yaml.safe_load(readme_block("yaml", "deduplicate_near")).values()
-    for value in values:
-        operation = Operation.model_validate(value)
+    values = yaml.safe_load(readme_block("yaml", "deduplicate_near"))
+    for operation in DataSpec(source="x", **values).bound_operations:
         inspect.signature(resolve(operation.function)).bind("the rows", **operation.kwargs)
 
 

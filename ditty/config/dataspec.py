@@ -139,6 +139,9 @@ class Operation(Section):
         return f"{self.method} {Path(self.function).name if absolute else self.function}"
 
 
+HELD_OUT = "ditty.dedup:decontaminate_held_out"
+"""The function that is told which rows this data holds out."""
+
 SQL = "sql:"
 """How a source that is a query begins."""
 
@@ -253,12 +256,12 @@ class DataSpec(Section):
     """Processes for the row operations, and workers for the shards where `engine` is threads or
     processes; does not change the result."""
     shards: int = Field(default=1, ge=1)
-    """Tokenize the rows in so many parts, at most one for each 1,000 rows, each of which is kept
-    when a worker is lost; does not change the result."""
+    """Filter, map and tokenize the rows in so many parts, at most one for each 1,000 rows, each of
+    which is kept when a worker is lost; does not change the result."""
     engine: Engine = Engine.THREADS
     """What makes the shards: `threads` or `processes` of this machine, or the workers of a cluster
-    (`dask`, `ray`: the packages prefect-dask, prefect-ray), which must see DITTY_HOME and the base
-    model."""
+    (`dask`, `ray`: the packages prefect-dask, prefect-ray), which must see DITTY_HOME, the base
+    model and the files of your functions."""
     engine_address: str | None = None
     """Of the cluster's scheduler, tcp://host:8786 for example."""
 
@@ -295,6 +298,32 @@ class DataSpec(Section):
         if not example and self.engine_address is not None:
             raise ValueError(f"engine: {self.engine} takes no data.engine_address: remove it")
         return self
+
+    @model_validator(mode="after")
+    def _held_out_rows_are_known(self) -> "DataSpec":
+        asked = [operation.function == HELD_OUT for operation in self.operations]
+        if any(asked[:-1]):
+            raise ValueError(
+                f"{HELD_OUT} must be the last of operations: what the others make of a row decides "
+                "whether it is held out"
+            )
+        if any(asked) and not self.eval_fraction:
+            raise ValueError(f"{HELD_OUT} needs held-out rows, and eval_fraction is 0")
+        return self
+
+    @property
+    def bound_operations(self) -> list[Operation]:
+        """The operations, with what HELD_OUT is told."""
+        shape = SHAPES[self.format]
+        names = {n: self.columns.get(n, n) for n in (*shape.required, *shape.optional)}
+        told = {"eval_fraction": self.eval_fraction, "columns": names}
+        kwargs = {HELD_OUT: {"held_out": told}}
+        return [
+            operation.model_copy(
+                update={"kwargs": {**operation.kwargs, **kwargs.get(operation.function or "", {})}}
+            )
+            for operation in self.operations
+        ]
 
     @property
     def parts(self) -> list[SourceSpec]:

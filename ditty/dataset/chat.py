@@ -8,9 +8,13 @@ model would be given at that point.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from ditty.dataset.prefixes import Beginning, PrefixEncoder
 from ditty.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 T = TypeVar("T")
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
+CHUNK_CHARACTERS = 1 << 20
 CHECKED_ROWS = 8
 """Rows of the first batch that are compared with transformers' own tokenization."""
 
@@ -72,6 +77,7 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._assistant_only = assistant_only
         self._special = special_tokens(tokenizer)
+        self._prefixes = PrefixEncoder(tokenizer, self._special, partial(encode_texts, tokenizer))
         self._checked = False
         self._tools_checked = False
 
@@ -164,11 +170,12 @@ class ChatEncoder:
     ) -> list[Encoded]:
         import numpy as np
 
+        encoded = [Encoded(row, np.zeros(len(row), dtype=bool)) for row in ids]
         # A last turn's rendering is the whole text, whose tokens are known.
         known = {texts[turn.place]: ids[turn.place] for turn in turns}
-        new = {text for t in turns for text in (t.prompt, t.through) if text not in known}
-        known |= dict(zip(new, encode_texts(self._tokenizer, list(new)), strict=True))
-        encoded = [Encoded(row, np.zeros(len(row), dtype=bool)) for row in ids]
+        new = {text: turn.place for turn in turns for text in turn[-2:] if text not in known}
+        beginnings = list(starmap(Beginning, new.items()))
+        known |= dict(zip(new, self._prefixes.encode(beginnings, texts, ids), strict=True))
         for turn in turns:
             span = self._span(ids[turn.place], known[turn.prompt], known[turn.through])
             if span is None and not texts[turn.place].startswith(turn.through):
@@ -219,7 +226,11 @@ class ChatEncoder:
         ]
         rows = [numbers[index] for index, _ in places]
         prompts = self._render([chats[i].until(t) for i, t in places], rows, prompt=True)
-        throughs = self._render([chats[i].until(t + 1) for i, t in places], rows)
+        inner = [p for p in places if p[1] + 1 < len(chats[p[0]].messages)]
+        within = [numbers[index] for index, _ in inner]
+        rendered = self._render([chats[i].until(t + 1) for i, t in inner], within)
+        known = dict(zip(inner, rendered, strict=True))
+        throughs = [known.get(place, texts[place[0]]) for place in places]
         turns = []
         for row, (index, number), prompt, through in zip(
             rows, places, prompts, throughs, strict=True
@@ -301,12 +312,37 @@ def _by_tools(
 def encode_texts(
     tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False
 ) -> "list[np.ndarray]":
-    """Token ids (int32) of each text, in parallel in the Rust library."""
+    """Token ids (int32) of each text, in parallel in the Rust library.
+
+    Two chunks at a time: while one's ids become arrays, in this interpreter and so on one core,
+    the library has another to encode. Memory holds what it says of two chunks, not of all texts.
+    """
     import numpy as np
 
     backend = tokenizer.backend_tokenizer
-    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
-    return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode(chunk: list[str]) -> "list[np.ndarray]":
+        encodings = backend.encode_batch_fast(chunk, add_special_tokens=special_tokens)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    chunks = list(_chunks(texts))
+    if len(chunks) == 1:
+        return encode(chunks[0])
+    with ThreadPoolExecutor(2, thread_name_prefix="ditty ids") as threads:
+        return [ids for part in threads.map(encode, chunks) for ids in part]
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in lists of about CHUNK_CHARACTERS."""
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def special_tokens(tokenizer: Any) -> "np.ndarray":

@@ -11,7 +11,9 @@ import importlib.util
 import inspect
 import os
 import sys
+import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,11 @@ from ditty.errors import DataError, DittyError
 from ditty.store.files import canonical_json, sha256_bytes
 
 DIGEST_VERSION = 1
+
+_held: Counter[str] = (
+    Counter()
+)  # folders in sys.path -> blocks, in any thread, that need them there
+_mutex = threading.Lock()
 
 
 def resolve(ref: str) -> Callable[..., Any]:
@@ -123,16 +130,20 @@ def digest(fn: Callable[..., Any]) -> str:
 def importable(folder: str | None = None) -> Iterator[None]:
     """Let the block import from `folder` (default: the current directory), and only the block."""
     folder = folder or str(Path.cwd())
-    if folder in sys.path:
-        yield
-        return
-    sys.path.insert(0, folder)
-    importlib.invalidate_caches()
+    with _mutex:
+        ours = folder not in sys.path or _held[folder] > 0
+        if ours and not _held[folder]:
+            sys.path.insert(0, folder)
+            importlib.invalidate_caches()
+        _held[folder] += ours
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # the import itself may have edited sys.path
-            sys.path.remove(folder)
+        with _mutex:
+            _held[folder] -= ours
+            if ours and not _held[folder]:
+                with contextlib.suppress(ValueError):  # the import itself may have edited sys.path
+                    sys.path.remove(folder)
 
 
 def _load_module(name: str) -> types.ModuleType:

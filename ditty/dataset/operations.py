@@ -9,7 +9,8 @@ import difflib
 import operator
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,31 @@ from ditty.config.dataspec import Operation
 from ditty.dataset import functions, tables
 from ditty.dataset.sources import DATA
 from ditty.errors import DataError, DittyError
+from ditty.store.artifacts import read_manifest
 
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
-def apply(operation: Operation, source: Path, out: Path, num_proc: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Part:
+    """A part of the rows, which may be all, and how an operation is to be applied to it.
+
+    Attributes:
+        rows: these, whole batches of `tables.BATCH_ROWS` from the first row on; None: all.
+        num_proc: processes. A batched function runs in one, since more would move the borders of
+            its batches.
+        types: `datasets.Features` that `map` is to make, as `first_types` has found them.
+    """
+
+    rows: range | None = None
+    num_proc: int = 1
+    types: Any = None
+
+
+def apply(operation: Operation, source: Path, out: Path, part: Part) -> dict[str, Any]:
     """Apply one operation to `source/data.arrow`; the result is `out/data.arrow`.
 
-    `num_proc` does not change the result: a batched function runs in one process, since more
-    would move the borders of its batches.
+    Neither the number of processes nor the parts change the result.
 
     Returns:
         rows_in, rows, columns.
@@ -34,11 +51,66 @@ def apply(operation: Operation, source: Path, out: Path, num_proc: int) -> dict[
     Raises:
         DataError: the function cannot be found, raises (names the row), or returns what the
             method cannot use; the method refuses its arguments, a column is missing; or no row is
-            left.
+            left, of all.
     """
+    before = _rows(source, part.rows)
+    if operation.method is OperationMethod.MAP and _processes(operation, before, part) > 1:
+        part = replace(part, types=part.types or first_types(operation, source, out))
+    with _applied(operation, before, out, part) as after:
+        schema = after.features.arrow_schema.remove_metadata()
+        batches = after.with_format("arrow").iter(batch_size=tables.BATCH_ROWS)
+        rows = tables.write(out / DATA, batches, schema)
+    if part.rows is None:
+        _check_left(rows, before.num_rows, operation)
+    return {"rows_in": before.num_rows, "rows": rows, "columns": schema.names}
+
+
+def first_types(operation: Operation, source: Path, out: Path) -> Any:
+    """The types that `map` finds in its first rows, and that the rest is converted to.
+
+    `datasets` looks again in each process and part, and fails where these find others: floats in
+    one and only whole numbers in the next. `out` is for what it writes meanwhile.
+
+    Raises:
+        DataError: see `apply`.
+    """
+    part = Part(range(tables.BATCH_ROWS))
+    with _applied(operation, _rows(source, part.rows), out, part) as after:
+        return after.features
+
+
+def merge(operation: Operation, parts: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Put what `apply` has made of parts together, in their order: its result for all rows.
+
+    Raises:
+        DataError: no row is left.
+    """
+    read = [tables.read(part / DATA) for part in parts]
+    found = [read_manifest(part).facts for part in parts]
+    batches = (batch for table in read for batch in table.to_batches())
+    rows = tables.write(out / DATA, batches, read[0].schema)
+    rows_in = sum(facts["rows_in"] for facts in found)
+    _check_left(rows, rows_in, operation)
+    return {"rows_in": rows_in, "rows": rows, "columns": found[0]["columns"]}
+
+
+def _check_left(rows: int, of: int, operation: Operation) -> None:
+    if rows == 0:
+        raise DataError(f"operation {operation.describe()} leaves none of {of} rows")
+
+
+def _rows(source: Path, part: range | None) -> Any:
     import datasets
 
-    before = datasets.Dataset.from_file(str(source / DATA))
+    rows = datasets.Dataset.from_file(str(source / DATA))
+    if part is None:
+        return rows
+    return rows.select(range(part.start, min(part.stop, rows.num_rows)), new_fingerprint="ditty")
+
+
+@contextlib.contextmanager
+def _applied(operation: Operation, before: Any, out: Path, part: Part) -> Iterator[Any]:
+    """The data set after the operation, for the block; its caches are below `out` meanwhile."""
     label = f"operation {operation.describe()}"
     with (
         functions.importable(),
@@ -46,16 +118,10 @@ def apply(operation: Operation, source: Path, out: Path, num_proc: int) -> dict[
         _quiet(),
         _environment(),
     ):
-        after = _run(before, operation, label, Path(scratch), num_proc)
-        schema = after.features.arrow_schema.remove_metadata()
-        batches = after.with_format("arrow").iter(batch_size=tables.BATCH_ROWS)
-        rows = tables.write(out / DATA, batches, schema)
-    if rows == 0:
-        raise DataError(f"{label} leaves none of {before.num_rows} rows")
-    return {"rows_in": before.num_rows, "rows": rows, "columns": schema.names}
+        yield _run(before, operation, label, Path(scratch), part)
 
 
-def _run(before: Any, operation: Operation, label: str, scratch: Path, num_proc: int) -> Any:
+def _run(before: Any, operation: Operation, label: str, scratch: Path, part: Part) -> Any:
     """The data set after the operation.
 
     Raises:
@@ -69,7 +135,8 @@ def _run(before: Any, operation: Operation, label: str, scratch: Path, num_proc:
             numbers = _numbers(before, function, operation, label)
             return before.select(numbers, new_fingerprint="ditty", **_order_in(scratch))
         _check_removed(operation, before.column_names, label)
-        return _by_row(before, _Call(function, operation, label), scratch, num_proc)
+        first = part.rows.start if part.rows else 0
+        return _by_row(before, _Call(function, operation, label, first), scratch, part)
     except DataError:
         raise
     except (TypeError, ValueError, LookupError) as error:  # Arrow's errors are of these kinds
@@ -118,10 +185,11 @@ def _numbers(
 class _Call:
     """The user's function with errors that say where; pickled by name for worker processes."""
 
-    def __init__(self, function: Callable[..., Any], operation: Operation, label: str):
+    def __init__(self, function: Callable[..., Any], operation: Operation, label: str, first: int):
         self.function = function
         self.operation = operation
         self.label = label
+        self.first = first  # the number of the first row
 
     def __call__(self, row: Any, index: Any) -> Any:
         """Call it with a row and its number, or with columns and a list of numbers."""
@@ -140,8 +208,10 @@ class _Call:
 
     def _where(self, index: Any) -> str:
         if not self.operation.batched:
-            return f"row {index}"
-        return f"rows {index[0]} to {index[-1]}" if index else "no rows"
+            return f"row {self.first + index}"
+        if not index:
+            return "no rows"
+        return f"rows {self.first + index[0]} to {self.first + index[-1]}"
 
     def _problem(self, result: Any, index: Any) -> str | None:
         got = f"returned {type(result).__name__} {str(result)[:40]}"
@@ -154,20 +224,28 @@ class _Call:
         return None
 
 
-def _by_row(before: Any, call: _Call, scratch: Path, num_proc: int) -> Any:
+def _by_row(before: Any, call: _Call, scratch: Path, part: Part) -> Any:
     """`Dataset.filter` or `Dataset.map`, its caches off or in `scratch`."""
     operation = call.operation
+    processes = _processes(operation, before, part)
     options: dict[str, Any] = {
         "with_indices": True,
         "batched": operation.batched,
-        "num_proc": num_proc if num_proc > 1 and not operation.batched else None,
+        "num_proc": processes if processes > 1 else None,
         "load_from_cache_file": False,
         "cache_file_name": str(scratch / "result.arrow"),
         "new_fingerprint": "ditty",  # or datasets pickles the function to make one
     }
     if operation.remove_columns:
         options["remove_columns"] = operation.remove_columns
+    if operation.method is OperationMethod.MAP:
+        options["features"] = part.types
     return getattr(before, operation.method.value)(call, **options)
+
+
+def _processes(operation: Operation, before: Any, part: Part) -> int:
+    few = operation.batched or before.num_rows <= tables.BATCH_ROWS
+    return 1 if few else part.num_proc
 
 
 def _check_removed(operation: Operation, present: list[str], label: str) -> None:

@@ -80,10 +80,10 @@ def _first_rows(data: DataSpec, count: int) -> tuple[dict[str, str], list[dict[s
     with tempfile.TemporaryDirectory(prefix="ditty-preview-") as scratch:
         folder = make_dir(Path(scratch) / "0")
         sources.load(few, folder)
-        for number, operation in enumerate(data.operations, 1):
+        for number, operation in enumerate(data.bound_operations, 1):
             out = make_dir(Path(scratch) / str(number))
             try:
-                operations.apply(operation, folder, out, num_proc=1)
+                operations.apply(operation, folder, out, operations.Part())
             except DataError as error:
                 raise DataError(f"in the source's first {SOURCE_ROWS} rows: {error}") from error
             folder = out

@@ -1,8 +1,8 @@
-"""Tokenization in shards: ranges of rows, each tokenized alone by whoever, then put together.
+"""`filter`, `map` and `tokenize` in shards: ranges of rows, each alone by whoever, put together.
 
-The tokens of a row depend on no other row, so the stage's artifact has the same bytes as without
-shards, whatever their number. A shard is an artifact of its own (`store/shard/<key>`) until the
-stage's is there: whoever was killed, finds those that were made.
+What these make of a row, or of a batch, depends on no other one, so the stage's artifact has the
+same bytes as without shards, whatever their number. A shard is an artifact of its own
+(`store/shard/<key>`) until the stage's is there: whoever was killed, finds those that were made.
 """
 
 import json
@@ -13,12 +13,13 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty.config.dataspec import DataSpec
-from ditty.dataset import tables, tokenization
+from ditty.config.choices import Engine, OperationMethod
+from ditty.config.dataspec import DataSpec, Operation
+from ditty.dataset import functions, operations, tables, tokenization
 from ditty.dataset.encoding import IGNORED
 from ditty.dataset.quarantine import FILE
 from ditty.dataset.sources import DATA
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHARDED = (OperationMethod.FILTER, OperationMethod.MAP, "tokenize")
 LEFT_SECONDS = 86_400.0  # after which nobody is expected to go on with a shard
 
 SUMS = ("rows", "train_rows", "truncated", "tokens", "supervised_tokens")
@@ -47,14 +49,26 @@ class ShardWork:
     """What the shards of one stage have in common. Every worker must see these folders.
 
     Attributes:
-        model_dir: the tokenizer's.
-        source: the artifact whose rows are tokenized.
+        model_dir: the tokenizer's, where it is used.
+        source: the artifact whose rows are read.
+        operation: None: the rows are tokenized.
+        function: the digest of the operation's.
+        types: what `map` is to make, see `operations.Part`.
     """
 
     data: DataSpec
-    model_dir: Path
+    model_dir: Path | None
     source: Path
     store: Store
+    operation: Operation | None = None
+    function: str = ""
+    types: Any = None
+
+    @property
+    def processes(self) -> int:
+        """Of each shard: threads of one interpreter would call a function by turns."""
+        one_by_one = self.operation is not None and self.data.engine is Engine.THREADS
+        return self.data.num_proc if one_by_one else 1
 
 
 Run = Callable[[Sequence[StageRef], ShardWork], None]
@@ -69,14 +83,20 @@ def in_turn(shards: Sequence[StageRef], work: ShardWork) -> None:
 
 def is_sharded(ref: StageRef, data: DataSpec) -> bool:
     """Whether a stage is made in shards."""
-    return ref.stage == "tokenize" and data.shards > 1
+    return ref.stage in SHARDED and data.shards > 1
 
 
 def make(ref: StageRef, work: ShardWork, run: Run, out: Path) -> dict[str, Any]:
     """Make a stage in shards: its files in `out`, and its facts."""
     shards = divide(ref, read_manifest(work.source).facts["rows"], work.data.shards)
+    operation = work.operation
+    if operation is not None:
+        work = replace(work, function=ref.inputs["function"])
+        if operation.method is OperationMethod.MAP:
+            work = replace(work, types=operations.first_types(operation, work.source, out))
     run(shards, work)
-    return merge(work.data, [work.store.path(shard.stage, shard.key) for shard in shards], out)
+    parts = [work.store.path(shard.stage, shard.key) for shard in shards]
+    return operations.merge(operation, parts, out) if operation else merge(work.data, parts, out)
 
 
 def divide(ref: StageRef, rows: int, count: int) -> list[StageRef]:
@@ -98,23 +118,41 @@ def build(ref: StageRef, work: ShardWork) -> Manifest:
     """Make a shard's artifact, or find it.
 
     Raises:
-        StoreError: this machine does not see the rows or the tokenizer.
+        StoreError: this machine does not see the rows or the tokenizer, or has another function.
     """
     for path in (work.source / DATA, work.model_dir):
-        if not path.exists():
+        if path is not None and not path.exists():
             raise StoreError(
                 f"there is no {path} here: the workers of data.engine: {work.data.engine} must see "
                 "DITTY_HOME and the base model under the same paths as the flow does"
             )
-    first, end = ref.inputs["rows"]
+    rows = range(*ref.inputs["rows"])
 
     def make(out: Path) -> dict[str, Any]:
-        rows = range(first, end)
+        if work.operation is not None:
+            part = operations.Part(rows, work.processes, work.types)
+            return operations.apply(work.operation, work.source, out, part)
+        assert work.model_dir is not None, "rows are tokenized with a tokenizer"
         return tokenization.tokenize(work.data, work.model_dir, work.source, out, rows)
+
+    if work.operation is not None:
+        _check_function(work)
 
     facts = {"stage": ref.stage, "inputs": ref.inputs}
     with locked(work.store.lock(ref.stage, ref.key).path):
         return work.store.build(ref.stage, ref.key, facts, make)
+
+
+def _check_function(work: ShardWork) -> None:
+    """Raise a StoreError where this process has another function than the one that is asked for."""
+    assert work.operation is not None and work.operation.function is not None, "filter or map"
+    name = work.operation.function
+    if functions.digest(functions.resolve(name)) != work.function:
+        raise StoreError(
+            f"{name} is another function here than where the flow runs: the workers of "
+            f"data.engine: {work.data.engine} must see the same files and packages, and be started "
+            "again after a module was edited"
+        )
 
 
 def merge(data: DataSpec, parts: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -184,8 +222,8 @@ def clear(made: StageRef, store: Store) -> None:
         with suppress(OSError, ValueError, KeyError):
             facts = json.loads((shard / MANIFEST).read_bytes())["facts"]
             age = time.time() - (shard / MANIFEST).stat().st_mtime
-            key = facts["inputs"][made.stage]
-            lock = store.lock(made.stage, key)
+            ((stage, key),) = {k: v for k, v in facts["inputs"].items() if k != "rows"}.items()
+            lock = store.lock(stage, key)
             if key == made.key:  # whose lock the caller holds
                 _remove(shard)
             elif age > LEFT_SECONDS and lock.acquire(timeout=0):  # else somebody goes on with it

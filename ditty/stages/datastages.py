@@ -9,6 +9,7 @@ from typing import Any
 
 from ditty.config.spec import RunSpec
 from ditty.dataset import operations, packing, quarantine, sources, tokenization
+from ditty.dataset.operations import Part
 from ditty.errors import DataError
 from ditty.stages import datashards
 from ditty.stages.datashards import ShardWork
@@ -41,8 +42,8 @@ def build_data(
     if not datashards.is_sharded(ref, spec.data):
         make = partial(_make, ref, spec, line.model_dir, source)
         return store.build(ref.stage, ref.key, facts, make)
-    assert source is not None and line.model_dir is not None, "rows and a tokenizer are there"
-    work = ShardWork(spec.data, line.model_dir, source, store)
+    assert source is not None, "rows are there"
+    work = ShardWork(spec.data, line.model_dir, source, store, ref.operation)
     make = partial(datashards.make, ref, work, run)
     manifest = store.build(ref.stage, ref.key, facts, make)
     datashards.clear(ref, store)
@@ -74,7 +75,7 @@ def _make(
     if source is None:
         return sources.load(spec.data, out, ref.inputs["source"])
     if ref.operation is not None:
-        return operations.apply(ref.operation, source, out, spec.data.num_proc)
+        return operations.apply(ref.operation, source, out, Part(num_proc=spec.data.num_proc))
     if ref.stage == "tokenize":
         assert model_dir is not None, "the base model is fetched before rows are tokenized"
         return tokenization.tokenize(spec.data, model_dir, source, out)

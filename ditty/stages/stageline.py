@@ -179,7 +179,7 @@ def _row_refs(data: DataSpec) -> list[StageRef]:
     named = _short(data.source) if data.source else f"{len(data.sources)} sources"
     title = f"load {cut(named, 60)}"
     refs = [make_ref("load", title, {"source": sources.identify(data)})]
-    for operation in data.operations:
+    for operation in data.bound_operations:
         inputs = {"rows": refs[-1].key, **operation_inputs(operation)}
         refs.append(make_ref(operation.method.value, operation.describe(), inputs, operation))
     return refs

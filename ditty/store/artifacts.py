@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditty.errors import ArtifactDamaged, StoreError
 from ditty.failpoints import fail_point
+from ditty.store import digests
 from ditty.store.files import (
     STAGING,
     FileLock,
@@ -46,6 +48,7 @@ MADE_BY = "made_by"  # the fact that says what made an artifact
 FLOW_RUN_VARIABLE = "DITTY_FLOW_RUN"  # id of the Prefect flow run, set by it for all below it
 
 Make = Callable[[Path], dict[str, Any]]  # fills a folder, and returns facts
+Read = Callable[[Path], str]
 
 
 @dataclass(frozen=True)
@@ -116,26 +119,28 @@ def read_manifest(directory: Path) -> Manifest:
     return Manifest.from_json(value, str(directory / MANIFEST))
 
 
-def verify(directory: Path) -> Manifest:
+def verify(directory: Path, read: Read = sha256_file) -> Manifest:
     """Re-read every file of a committed directory and compare it with the manifest.
 
+    Args:
+        read: gives a file's SHA-256.
     Raises:
         ArtifactDamaged: names the first file that is missing, is a link, or differs.
     """
     manifest = read_manifest(directory)
     for name, (size, digest) in manifest.files.items():
-        check_file(directory / name, size, digest, "its manifest")
+        check_file(directory / name, size, digest, "its manifest", read)
     return manifest
 
 
-def check_file(path: Path, size: int, sha256: str, by: str) -> None:
+def check_file(path: Path, size: int, sha256: str, by: str, read: Read = sha256_file) -> None:
     """Raise ArtifactDamaged unless a file is what `by`, its manifest's name in errors, says."""
     if path.is_symlink() or not path.is_file():
         raise ArtifactDamaged(f"{path} is missing or not a plain file")
     got = path.stat().st_size
     if got != size:
         raise ArtifactDamaged(f"{path} has {got} bytes, {by} says {size}")
-    if sha256_file(path) != sha256:
+    if read(path) != sha256:
         raise ArtifactDamaged(f"{path} does not match the SHA-256 in {by}")
 
 
@@ -249,13 +254,14 @@ class Store:
     def find(self, stage: str, key: str) -> Manifest | None:
         """The verified manifest of an artifact, or None where it must be (re)built.
 
-        A damaged artifact is set aside, said in the log, and counts as absent.
+        A large file that nobody has touched since it was read is not read again, see `digests`. A
+        damaged artifact is set aside, said in the log, and counts as absent.
         """
         path = self.path(stage, key)
         if not path.exists():
             return None
         try:
-            return verify(path)
+            return verify(path, partial(digests.sha256, home=self.home))
         except ArtifactDamaged as error:
             log.warning("%s; set aside at %s and rebuilt", error, set_aside(path))
             return None
@@ -295,6 +301,7 @@ class Store:
         if not resumable:
             with commit_dir(final, facts) as staging:
                 yield staging
+            self._remember(final)
             return
         part = make_dir(final.with_name(f".part-{final.name}"))
         try:
@@ -304,6 +311,12 @@ class Store:
                 part.rmdir()
             raise
         commit(part, final, facts)
+        self._remember(final)
+
+    def _remember(self, made: Path) -> None:
+        """Its first hit is as quick as any other."""
+        for name, (_, digest) in read_manifest(made).files.items():
+            digests.remember(made / name, digest, self.home)
 
     def lock(self, stage: str, key: str) -> FileLock:
         """The lock of whoever builds this artifact."""
