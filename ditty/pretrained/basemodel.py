@@ -55,7 +55,7 @@ class Kind(StrEnum):
 
 
 # Versions of what the conversions make of the same bytes, part of the key.
-CONVERSIONS = {Kind.GGUF: {"gguf_version": 1}, Kind.PICKLED: {"pickled_version": 1}}
+CONVERSIONS = {Kind.GGUF: {"gguf_version": 2}, Kind.PICKLED: {"pickled_version": 1}}
 
 
 @dataclass(frozen=True)

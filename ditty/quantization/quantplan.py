@@ -153,7 +153,7 @@ def plan(
                 f"{header.name} in {header.file} has shape {header.shape}, config.json makes it "
                 f"{expected}: weights and config are of different models"
             )
-    _check_complete(model, set(tensors), source)
+    check_complete(model, set(tensors), source)
     return list(tensors.values()), ignored
 
 
@@ -216,7 +216,7 @@ def _casting(model: "PreTrainedModel", dtype: torch.dtype) -> Callable[[str], to
     return cast
 
 
-def _check_complete(model: "PreTrainedModel", seen: set[str], source: Path) -> None:
+def check_complete(model: "PreTrainedModel", seen: set[str], source: Path) -> None:
     """Raise for a parameter that no tensor fills: from_pretrained would make it up at random."""
     tied = model.all_tied_weights_keys
     for name, _ in model.named_parameters(remove_duplicate=False):
