@@ -67,7 +67,10 @@ def base_folder(base: basemodel.BaseModelRef, spec: RunSpec, store: Store) -> Pa
         if found is not None:
             return found
         if base.kind is basemodel.Kind.HUB:
-            return basemodel.fetch(base, store)
+            folder, pickled = basemodel.fetch(base, store), basemodel.pickled_snapshot(base)
+            if pickled is None:
+                return folder
+            base, ref = pickled, stageline.convert_ref(pickled)
         _build(ref, store, fetches(Path(base.name)))
     return store.path(ref.stage, ref.key)
 
