@@ -41,12 +41,14 @@ class Format:
         pack: from a weight [out, in] on any device to the layer's entries in a checkpoint, without
             its name, on the CPU.
         size: their bytes, exact or slightly too large, by `out` and `in`.
+        leaves_stacks: whether experts that are stacked in one parameter may stay as they are.
     """
 
     title: str
     settings: Callable[[torch.dtype], "QuantizationConfigMixin"]
     pack: Pack
     size: Size
+    leaves_stacks: bool = True
 
 
 def _int8_settings(dtype: torch.dtype) -> "BitsAndBytesConfig":
@@ -192,7 +194,7 @@ FORMATS = {
         nf4,
         _nf4_size,
     ),
-    Quantization.FP8: Format("float8 e4m3, one scale a row", _fp8_settings, fp8, _fp8_size),
+    Quantization.FP8: Format("float8 e4m3, one scale a row", _fp8_settings, fp8, _fp8_size, False),
 }
 
 CARD = """---
@@ -205,7 +207,7 @@ The linear layers of its blocks are stored as {title}; everything else is {dtype
 
 - quantized weights: {quantized:,}
 - other weights: {other:,}
-- size: {size:.2f} GB in {shards} file(s); `shards.json` says what each was made of
+{experts}- size: {size:.2f} GB in {shards} file(s); `shards.json` says what each was made of
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -218,7 +220,7 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 Made by `ditty quantize`; `ditty lineage` on this folder says from what.
 """
 
-
+EXPERTS = "- of these, experts in stacks, as transformers leaves them: {expert_weights:,}\n"
 EXACT = """The weights are those that transformers and bitsandbytes make of the original when they
 quantize it at load, on a CPU."""
 NEAREST = (
@@ -243,6 +245,7 @@ def model_card(architecture: str, to: Quantization, facts: dict[str, Any]) -> st
         dtype=facts["dtype"],
         quantized=facts["quantized_weights"],
         other=facts["other_weights"],
+        experts=EXPERTS.format(**facts) if "expert_weights" in facts else "",
         size=facts["bytes"] / 1e9,
         shards=facts["shards"],
     )
