@@ -59,10 +59,12 @@ KINDS: dict[str, tuple[str, PretrainedConfig, dict[str, Any]]] = {
 }
 
 
-def stored(name: str, architecture: str, tensor: torch.Tensor) -> list[tuple[str, np.ndarray]]:
+def stored(
+    name: str, architecture: str, layers: int, tensor: torch.Tensor
+) -> list[tuple[str, np.ndarray]]:
     """(llama.cpp's name, values as it holds them) of what one weight is made of."""
     (arch,) = (key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
-    names = gguf.get_tensor_name_map(arch, LAYERS)
+    names = gguf.get_tensor_name_map(arch, layers)
     value = tensor.numpy()
     if name.endswith("experts.gate_up_proj"):
         layer = name.split(".")[2]
@@ -108,10 +110,13 @@ def write(
     writer.add_eos_token_id(2)
     torch.manual_seed(0)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items():
+    layers = keys["block_count"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, tensor in model.state_dict().items():
         if name in tied:
             continue
-        for target, value in stored(name, architecture, torch.randn(tensor.shape)):
+        for target, value in stored(name, architecture, layers, torch.randn(tensor.shape)):
             if target == change[0]:
                 if change[1] is None:
                     continue
