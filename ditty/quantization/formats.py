@@ -67,20 +67,36 @@ def int8(weight: torch.Tensor) -> Parts:
     In chunks of whole rows, which do not depend on each other. Rounded to fp16 first, from any
     dtype, as bitsandbytes does.
     """
-    rows = max(1, CHUNK // weight.shape[1])
-    parts = [_int8_rows(chunk.to(torch.float16)) for chunk in weight.split(rows)]
+    packed = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight), dtype=torch.float32)  # a row's maximum
+    _fill_by_rows(packed, scales, weight, _int8_rows)
     return {
-        "weight": torch.cat([part for part, _ in parts]),
-        "SCB": torch.cat([scales for _, scales in parts]),  # fp32 [out], a row's maximum
+        "weight": packed,
+        "SCB": scales,
         "weight_format": torch.tensor(0, dtype=torch.uint8),  # row by row, the only one there is
     }
 
 
+Round = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _fill_by_rows(
+    packed: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, rounds: Round
+) -> None:
+    """Round some rows at a time. One allocation a result: small ones that stay between large ones
+    that go would keep the heap from shrinking."""
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        packed[rows], scales[rows] = rounds(weight[rows])
+
+
 def _int8_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = rows.to(torch.float16)
     scales = rows.abs().amax(dim=1).float()
     # A row of zeros: 0 x inf, which bitsandbytes' CPU kernel turns into 0.
     scaled = torch.nan_to_num(rows * (127.0 / scales.unsqueeze(-1)), nan=0.0)
-    return torch.round(scaled).to(torch.int8).cpu(), scales.cpu()
+    return torch.round(scaled).to(torch.int8), scales
 
 
 def _nf4_settings(dtype: torch.dtype) -> "BitsAndBytesConfig":
@@ -111,8 +127,13 @@ def nf4(weight: torch.Tensor) -> Parts:
     import bitsandbytes.functional as bnb
 
     code = bnb.get_4bit_type("nf4", device="cpu")
-    parts = [_nf4_blocks(chunk, code) for chunk in weight.reshape(-1).split(CHUNK)]
-    scales = torch.cat([scales for _, scales in parts])
+    flat = weight.reshape(-1)
+    packed = torch.empty(math.ceil(len(flat) / 2), 1, dtype=torch.uint8)
+    scales = torch.empty(math.ceil(len(flat) / BLOCK), dtype=torch.float32)
+    for start in range(0, len(flat), CHUNK):
+        pairs, maxima = _nf4_blocks(flat[start : start + CHUNK], code)
+        packed[start // 2 :][: len(pairs)] = pairs
+        scales[start // BLOCK :][: len(maxima)] = maxima
     mean = _mean_in_one_thread(scales)
     nested_scales, nested = bnb.quantize_blockwise(scales - mean, blocksize=NESTED_BLOCK)
     state = bnb.QuantState(
@@ -126,7 +147,7 @@ def nf4(weight: torch.Tensor) -> Parts:
         state2=nested,
     )
     beside = {f"weight.{key}": part.clone() for key, part in state.as_dict(packed=True).items()}
-    return {"weight": torch.cat([packed for packed, _ in parts]), **beside}
+    return {"weight": packed, **beside}
 
 
 def _nf4_blocks(flat: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,8 +170,7 @@ def _nf4_blocks(flat: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, t
     code = code.to(values.device)
     nearest = torch.bucketize(scaled.clamp_(-1, 1), (code[:-1] + code[1:]) / 2, out_int32=True)
     nibbles = nearest.to(torch.uint8)
-    packed = (nibbles[::2] << 4) | nibbles[1::2]
-    return packed.unsqueeze(1).cpu(), scales.cpu()
+    return ((nibbles[::2] << 4) | nibbles[1::2]).unsqueeze(1), scales
 
 
 def _mean_in_one_thread(values: torch.Tensor) -> torch.Tensor:
@@ -174,14 +194,12 @@ def _fp8_size(rows: int, columns: int) -> int:
 
 def fp8(weight: torch.Tensor) -> Parts:
     """e4m3 with a scale a row: see ditty.models.fp8."""
-    from ditty.models.fp8 import round_rows
+    from ditty.models.fp8 import E4M3, round_rows
 
-    rows = max(1, CHUNK // weight.shape[1])
-    parts = [round_rows(chunk) for chunk in weight.split(rows)]
-    return {
-        "weight": torch.cat([part.cpu() for part, _ in parts]),
-        "weight_scale": torch.cat([scales.cpu() for _, scales in parts]),
-    }
+    packed = torch.empty(weight.shape, dtype=E4M3)
+    scales = torch.empty(len(weight), 1, dtype=torch.float32)
+    _fill_by_rows(packed, scales, weight, round_rows)
+    return {"weight": packed, "weight_scale": scales}
 
 
 FORMATS = {
