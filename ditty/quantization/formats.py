@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-CHUNK = 1 << 22  # weights quantized in one call, which needs about 24 bytes for each
+CHUNK = 1 << 21  # weights quantized in one call, which needs about 24 bytes for each
 BLOCK = 64  # NF4: weights that share a scale
 NESTED_BLOCK = 256  # NF4: scales that share a scale
 EXTRA_BYTES = 2048  # NF4, of a tensor at most: two code books and its shape and dtype
