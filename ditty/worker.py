@@ -88,8 +88,8 @@ def convert(job: Job, attempt: Path) -> Result:
     """The `fetch` stage of a GGUF file, or of a folder with .bin files."""
     from ditty.conversion.modelstages import fetches
 
-    make, resumable = fetches(job.model_dir, Shown("converted"))
-    return _build(job, "fetch", make, resumable=resumable)
+    make = fetches(job.model_dir, Shown("converted"))
+    return _build(job, "fetch", make, resumable=True)
 
 
 def prequantize(job: Job, attempt: Path) -> Result:

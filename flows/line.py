@@ -7,6 +7,7 @@ from typing import Any
 
 from ditty.config.spec import RunSpec
 from ditty.planning import preflight
+from ditty.pretrained import basemodel
 from ditty.runs.rundir import RunDir
 from ditty.stages import datastages, stageline
 from ditty.stages.stageline import StageLine
@@ -145,6 +146,9 @@ def fetched(call: Caller, line: StageLine, resolve: Resolve = stageline.resolve)
         call.cached(tasks.make_model, ref, Work(call.spec, call.store, Path(line.base.name)))
     elif line.model_dir is None:
         call(tasks.fetch_hub, ref, line.base, call.store)
+        if pickled := basemodel.pickled_snapshot(line.base):
+            work = Work(call.spec, call.store, Path(pickled.name))
+            call.cached(tasks.make_model, stageline.convert_ref(pickled), work)
     else:
         call.skip(ref)
     return line if line.model_dir else resolve(call.spec, call.store)

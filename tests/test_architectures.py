@@ -40,7 +40,7 @@ MODELS = {
 TRAININGS = {
     "full": list(TRAINED),
     "lora": ["gpt_neox", "gemma", "mixtral"],
-    "qlora": ["gpt_neox"],
+    "qlora": ["gpt_neox", "mixtral"],
     "dora": ["gpt2"],
 }
 ZERO3 = ("llama_untied", "gpt2", "mixtral")

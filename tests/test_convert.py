@@ -117,6 +117,7 @@ def converted(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory)
         "dtype": "bfloat16",
         "eos_token_ids": [1, 2],
         "chat_template": True,
+        "shards": 1,
     }
     return root / "out"
 

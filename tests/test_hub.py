@@ -143,5 +143,14 @@ def test_a_refusal_is_not_repaired_from_the_cache(server: FakeHub) -> None:
 
 def test_repository_without_safetensors(server: FakeHub) -> None:
     (server.folder / "model.safetensors").unlink()
+    folder = hub.download(REPO, COMMIT)
+    assert (folder / "pytorch_model.bin").read_bytes() == b"the same weights again"
+    assert hub.snapshot(REPO, COMMIT) == folder
+    assert len([r for r in server.requests if r == f"GET /{REPO}/resolve/{COMMIT}/config.json"]) < 2
+
+
+def test_repository_without_weights(server: FakeHub) -> None:
+    (server.folder / "model.safetensors").unlink()
+    (server.folder / "pytorch_model.bin").unlink()
     with pytest.raises(ModelError, match="has neither model.safetensors"):
         hub.download(REPO, COMMIT)

@@ -19,6 +19,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -46,6 +47,17 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "mistral": MistralConfig(
         **SMALL, **HEADS, intermediate_size=128, num_key_value_heads=2, sliding_window=8
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SMALL,
+        **HEADS,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
+    "mixtral": MixtralConfig(
+        **SMALL, **HEADS, intermediate_size=128, num_key_value_heads=2, num_local_experts=4
     ),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=64, n_layer=2, n_head=4),
 }
@@ -330,13 +342,51 @@ def test_weights_of_another_config(sources: dict[str, Path], tmp_path: Path) -> 
         quantized(source, tmp_path / "out")
 
 
-def test_fused_experts_are_refused(tmp_path: Path) -> None:
-    config = Qwen3MoeConfig(
-        **SMALL, **HEADS, num_key_value_heads=2, num_experts=4, moe_intermediate_size=32
+@pytest.mark.parametrize("to", [Quantization.NF4, Quantization.INT8])
+def test_stacks_of_experts_stay_as_they_are(
+    to: Quantization, sources: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = quantized(sources["qwen3_moe"], tmp_path / "out", "bfloat16", to)
+    reference = theirs(sources["qwen3_moe"], torch.bfloat16, to)
+    experts = {n: p for n, p in reference.named_parameters() if ".experts." in n}
+    assert len(experts) == 2 * 2 and {p.dtype for p in experts.values()} == {torch.bfloat16}
+    assert facts["expert_weights"] == sum(p.numel() for p in experts.values())
+    said = f"{facts['expert_weights']:,}"
+    assert f"{said} weights are in such stacks; as with transformers they are not" in caplog.text
+    assert (
+        f"stacks, as transformers leaves them: {said}" in (tmp_path / "out/README.md").read_text()
     )
-    source = make_model_folder(tmp_path / "moe", config)
-    with pytest.raises(ModelError, match="experts fused in one tensor"):
+
+
+def test_float8_has_no_layout_for_stacks(sources: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"experts in one tensor.* nf4 or int8, which leave them"):
+        quantized(sources["qwen3_moe"], tmp_path / "out", to=Quantization.FP8)
+
+
+def test_an_expert_is_missing(sources: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    source = rewrite(sources["qwen3_moe"], tmp_path / "half", lambda tensors: tensors.pop(name))
+    with pytest.raises(ModelError, match=r"layers.1.mlp.experts.gate_up_proj .* is incomplete"):
         quantized(source, tmp_path / "out")
+
+
+def test_experts_that_are_stacked_on_disk(sources: dict[str, Path], tmp_path: Path) -> None:
+    def stack(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(2):
+            experts = f"model.layers.{layer}.mlp.experts"
+            parts = {
+                part: torch.stack([tensors.pop(f"{experts}.{i}.{part}.weight") for i in range(4)])
+                for part in ("gate_proj", "up_proj", "down_proj")
+            }
+            tensors[f"{experts}.gate_up_proj"] = torch.cat(
+                [parts["gate_proj"], parts["up_proj"]], 1
+            )
+            tensors[f"{experts}.down_proj"] = parts["down_proj"]
+
+    source = rewrite(sources["qwen3_moe"], tmp_path / "stacked", stack)
+    quantized(source, tmp_path / "out")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert differences(theirs(sources["qwen3_moe"], torch.float32), ours) == []
 
 
 def test_quantized_already(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ import multiprocessing
 import random
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ditty.config.choices import Quantization
 from ditty.pretrained.modelfolder import INDEX
@@ -155,3 +156,31 @@ def wait_for_shards(process: BaseProcess, part: Path, count: int) -> None:
         assert process.is_alive(), "it ended before it was killed"
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def test_of_large_pieces_one_is_in_memory_of_small_ones_two(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+    most: dict[str, int] = {}
+
+    def piece(number: int, size: int) -> Piece:
+        def make() -> dict[str, torch.Tensor]:
+            value = torch.full((size // 4,), float(number))
+            alive.append(size)
+            weakref.finalize(value, alive.remove, size)
+            most[str(size)] = max(most.get(str(size), 0), alive.count(size))
+            return {f"t{number}": value}
+
+        return Piece(f"t{number}", size, size, make)
+
+    def slow(content: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        time.sleep(0.02)  # the next is made meanwhile, if it may be
+        save_file(content, path, **options)
+
+    monkeypatch.setattr(shards, "save_file", slow)
+    sizes = [16] * 5 + [40] * 3 + [16] * 5  # a shard each
+    write_shards([piece(i, size) for i, size in enumerate(sizes)], tmp_path)
+    assert most == {"16": 2, "40": 1} and alive == []
+    made = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert [len(next(iter(content.values()))) * 4 for content in made] == sizes

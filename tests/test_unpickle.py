@@ -11,15 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ditty.config.choices import Precision, Quantization
+from ditty.config.spec import RunSpec
+from ditty.conversion import modelstages
 from ditty.conversion.unpickle import convert_pickled
 from ditty.errors import ModelError
 from ditty.pretrained import basemodel
 from ditty.pretrained.basemodel import Kind
 from ditty.pretrained.modelfolder import PICKLED, PICKLED_INDEX
 from ditty.quantization import shards
-from ditty.store.artifacts import Store
+from ditty.store.artifacts import Store, verify
 from flows.quantize import quantize
 
+from .fake_hub import REPO, fake_hub
 from .tiny import make_model_folder, tiny_config
 
 HALVES = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
@@ -109,18 +112,30 @@ def test_what_else_may_be_in_a_file(plain, tmp_path, content, match):
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_a_folder_of_bin_files_is_a_base_model(plain, tmp_path, home, prefect_api):
-    source = pickled(plain, tmp_path / "old")
-    ref = basemodel.identify(str(source))
-    assert ref.kind is Kind.PICKLED and basemodel.locate(ref, Store(home)) is None
-    found = [
-        quantize(str(folder), Quantization.NF4, None, Precision.FP32) for folder in (source, plain)
-    ]
-    assert basemodel.locate(ref, Store(home)) is not None
+def test_bin_files_in_a_folder_and_at_the_hub_are_base_models(
+    plain, tmp_path, home, prefect_api, monkeypatch
+):
+    source = pickled(plain, tmp_path / "old", halves=True)
+    with fake_hub(source, tmp_path / "cache", monkeypatch) as hub:
+        refs = [basemodel.identify(name) for name in (str(source), REPO)]
+        assert [ref.kind for ref in refs] == [Kind.PICKLED, Kind.HUB]
+        assert [basemodel.locate(ref, Store(home)) for ref in refs] == [None, None]
+        names = (str(source), str(plain), REPO)
+        found = [quantize(name, Quantization.NF4, None, Precision.FP32) for name in names]
+        places = [basemodel.locate(ref, Store(home)) for ref in refs]
+        assert places[0] != places[1] and {p.parent for p in places} == {home / "store/fetch"}
+        hub.requests.clear()
+        assert quantize(REPO, Quantization.NF4, None, Precision.FP32) == found[2]
+        assert not [request for request in hub.requests if "/resolve/" in request]
+        values = {"name": "mine", "data": {"source": "a.jsonl"}, "model": {"base_model": REPO}}
+        spec, other = RunSpec.model_validate(values), Store(tmp_path / "library")
+        folder = modelstages.base_folder(refs[1], spec, other)  # as a Pipeline does
+    assert verify(folder).digest == verify(places[1]).digest
+    assert found[2]["digest"] == found[0]["digest"]
 
     def tensors(path: str) -> dict[str, torch.Tensor]:
         return AutoModelForCausalLM.from_pretrained(path).state_dict()
 
-    ours, theirs = (tensors(f["path"]) for f in found)
+    ours, theirs = (tensors(f["path"]) for f in found[:2])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

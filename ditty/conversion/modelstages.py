@@ -12,19 +12,18 @@ from ditty.store.artifacts import Make, Store
 from ditty.store.files import locked
 
 
-def fetches(source: Path, progress: Progress | None = None) -> tuple[Make, bool]:
+def fetches(source: Path, progress: Progress | None = None) -> Make:
     """What makes a base model of a .gguf file, or of a folder with .bin files.
 
-    Returns:
-        what fills the artifact's folder; whether it goes on where a killed one has stopped.
+    It goes on where a killed one has stopped.
     """
     if source.is_dir():
         from ditty.conversion.unpickle import convert_pickled
 
-        return partial(convert_pickled, source, progress=progress), True
+        return partial(convert_pickled, source, progress=progress)
     from ditty.conversion.convert import convert_gguf
 
-    return partial(convert_gguf, source), False
+    return partial(convert_gguf, source, progress=progress)
 
 
 def quantizes(
@@ -68,9 +67,11 @@ def base_folder(base: basemodel.BaseModelRef, spec: RunSpec, store: Store) -> Pa
         if found is not None:
             return found
         if base.kind is basemodel.Kind.HUB:
-            return basemodel.fetch(base, store)
-        make, resumable = fetches(Path(base.name))
-        _build(ref, store, make, resumable=resumable)
+            folder, pickled = basemodel.fetch(base, store), basemodel.pickled_snapshot(base)
+            if pickled is None:
+                return folder
+            base, ref = pickled, stageline.convert_ref(pickled)
+        _build(ref, store, fetches(Path(base.name)))
     return store.path(ref.stage, ref.key)
 
 
@@ -83,11 +84,11 @@ def quantized_folder(source: Path, spec: RunSpec, store: Store, device: str) -> 
     ref = stageline.resolve_model(spec, store).need("prequantize")
     with locked(store.lock(ref.stage, ref.key).path):
         make = quantizes(source, spec.model, stageline.base_dtype(spec), device)
-        _build(ref, store, make, resumable=True)
+        _build(ref, store, make)
     return store.path(ref.stage, ref.key)
 
 
-def _build(ref: stageline.StageRef, store: Store, make: Make, *, resumable: bool) -> None:
+def _build(ref: stageline.StageRef, store: Store, make: Make) -> None:
     facts = {"stage": ref.stage, "inputs": ref.inputs}
-    build = partial(store.build, ref.stage, ref.key, facts, make, resumable=resumable)
+    build = partial(store.build, ref.stage, ref.key, facts, make, resumable=True)
     share.made(ref, store, build)

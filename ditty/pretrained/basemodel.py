@@ -4,7 +4,8 @@ A base model is named in one of three ways. A folder with config.json and safete
 it stands; one with .bin files in their place, and a .gguf file, are converted once, by
 `ditty.conversion.unpickle` or `ditty.conversion.convert` in a process of its own, into
 store/fetch/<key>. Anything else is an id of the Hugging Face hub, of which one commit is downloaded
-into the hub's own cache. All end as a folder that `from_pretrained` reads.
+into the hub's own cache, and converted likewise where it has .bin files. All end as a folder that
+`from_pretrained` reads.
 """
 
 import difflib
@@ -33,6 +34,7 @@ __all__ = [
     "identify",
     "key",
     "locate",
+    "pickled_snapshot",
     "tokenizer_dir",
     "tokenizer_digest",
 ]
@@ -55,7 +57,7 @@ class Kind(StrEnum):
 
 
 # Versions of what the conversions make of the same bytes, part of the key.
-CONVERSIONS = {Kind.GGUF: {"gguf_version": 1}, Kind.PICKLED: {"pickled_version": 1}}
+CONVERSIONS = {Kind.GGUF: {"gguf_version": 2}, Kind.PICKLED: {"pickled_version": 1}}
 
 
 @dataclass(frozen=True)
@@ -122,31 +124,49 @@ def key(ref: BaseModelRef) -> str:
 def locate(ref: BaseModelRef, store: Store) -> Path | None:
     """The folder that from_pretrained can read, or None where it must be fetched first.
 
-    Of what is converted it is the verified result in the store, of a hub model the complete local
-    snapshot.
+    Of what is converted it is the verified result in the store, of a hub model with safetensors
+    the complete local snapshot.
     """
     if ref.kind is Kind.FOLDER:
         return Path(ref.name)
     if ref.kind.converted:
         found = store.find("fetch", key(ref))
         return store.path("fetch", key(ref)) if found else None
+    pickled = pickled_snapshot(ref)
+    return locate(pickled, store) if pickled else _snapshot(ref)
+
+
+def _snapshot(ref: BaseModelRef) -> Path | None:
     return hub.snapshot(ref.name, ref.identity["commit"])
+
+
+def pickled_snapshot(ref: BaseModelRef) -> BaseModelRef | None:
+    """The snapshot of a hub model with .bin files, as the folder that is converted.
+
+    None: it has safetensors, or is not there. The conversion changes no value, so that the key of
+    what is made of the model is that of the hub's commit.
+    """
+    folder = _snapshot(ref)
+    if folder is None or not pickled_files(folder):
+        return None
+    return BaseModelRef(str(folder), Kind.PICKLED, ref.identity)
 
 
 def fetch(ref: BaseModelRef, store: Store) -> Path:
     """Download a hub model into the hub's own cache.
 
     `store` is not written: the hub's cache is content-addressed itself and shared with other
-    programs. Running it twice downloads nothing the second time.
+    programs. One that is there is not asked for again.
 
     Returns:
-        the snapshot folder.
+        the snapshot folder; with .bin files, it is still to be converted (`pickled_snapshot`).
     Raises:
-        ModelError: the hub refuses, or the repository has no safetensors.
+        ModelError: the hub refuses, or the repository has no weights.
         RemoteError: the hub cannot be reached (retryable).
     """
     assert ref.kind is Kind.HUB, f"{ref.kind} is not fetched from the hub"
-    return hub.download(ref.name, ref.identity["commit"], ref.revision)
+    found = _snapshot(ref)
+    return found or hub.download(ref.name, ref.identity["commit"], ref.revision)
 
 
 def tokenizer_dir(base_model: str, revision: str | None, store: Store) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ditty.errors import ModelError, RemoteError
-from ditty.pretrained.modelfolder import TOKENIZER, weight_files
+from ditty.pretrained.modelfolder import TOKENIZER, pickled_files, weight_files
 from ditty.store.files import make_dir, write_atomic
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # The top level of a repository is what from_pretrained reads; consolidated*.safetensors are a
 # second copy of the weights in Mistral's own format.
 ALLOW = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+PICKLED = ["pytorch_model*.bin"]  # only where there are no safetensors
 IGNORE = ["*/*", "consolidated*.safetensors"]
 
 
@@ -66,22 +67,21 @@ def resolve(repo: str, revision: str | None = None) -> str:
 
 
 def download(repo: str, commit: str, revision: str | None = None) -> Path:
-    """Bring a commit (safetensors, JSON, tokenizer, code) into the hub's cache.
+    """Bring a commit (safetensors or else .bin, JSON, tokenizer, code) into the hub's cache.
 
     Running it twice downloads nothing the second time.
 
     Raises:
-        ModelError: the hub refuses, or the repository has no safetensors.
+        ModelError: the hub refuses, or the repository has neither kind of weights.
         RemoteError: the hub cannot be reached, or the transfer broke (retryable).
     """
     folder = _download(repo, commit, revision, ALLOW)
     try:
         weight_files(folder)
-    except ModelError as error:
-        raise ModelError(
-            f"{error}. If {repo} has .bin files in their place: `hf download {repo} --local-dir "
-            "DIR`, and model.base_model: DIR, converts them once"
-        ) from error
+    except ModelError:
+        folder = _download(repo, commit, revision, [*ALLOW, *PICKLED])
+        if not pickled_files(folder):
+            raise
     _remember(repo, revision, commit)
     return folder
 
@@ -158,7 +158,9 @@ def snapshot(repo: str, commit: str) -> Path | None:
                 ignore_patterns=IGNORE,
             )
         )
-        weight_files(folder)  # a cache that has no listing of the repository passes the above
+        # A cache that has no listing of the repository passes the above.
+        if not pickled_files(folder):
+            weight_files(folder)
     except (LocalEntryNotFoundError, ModelError):
         return None
     return folder if (folder / "config.json").is_file() else None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-CHUNK = 1 << 22  # weights quantized in one call, which needs about 24 bytes for each
+CHUNK = 1 << 21  # weights quantized in one call, which needs about 24 bytes for each
 BLOCK = 64  # NF4: weights that share a scale
 NESTED_BLOCK = 256  # NF4: scales that share a scale
 EXTRA_BYTES = 2048  # NF4, of a tensor at most: two code books and its shape and dtype
@@ -41,12 +41,14 @@ class Format:
         pack: from a weight [out, in] on any device to the layer's entries in a checkpoint, without
             its name, on the CPU.
         size: their bytes, exact or slightly too large, by `out` and `in`.
+        leaves_stacks: whether experts that are stacked in one parameter may stay as they are.
     """
 
     title: str
     settings: Callable[[torch.dtype], "QuantizationConfigMixin"]
     pack: Pack
     size: Size
+    leaves_stacks: bool = True
 
 
 def _int8_settings(dtype: torch.dtype) -> "BitsAndBytesConfig":
@@ -65,20 +67,36 @@ def int8(weight: torch.Tensor) -> Parts:
     In chunks of whole rows, which do not depend on each other. Rounded to fp16 first, from any
     dtype, as bitsandbytes does.
     """
-    rows = max(1, CHUNK // weight.shape[1])
-    parts = [_int8_rows(chunk.to(torch.float16)) for chunk in weight.split(rows)]
+    packed = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight), dtype=torch.float32)  # a row's maximum
+    _fill_by_rows(packed, scales, weight, _int8_rows)
     return {
-        "weight": torch.cat([part for part, _ in parts]),
-        "SCB": torch.cat([scales for _, scales in parts]),  # fp32 [out], a row's maximum
+        "weight": packed,
+        "SCB": scales,
         "weight_format": torch.tensor(0, dtype=torch.uint8),  # row by row, the only one there is
     }
 
 
+Round = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _fill_by_rows(
+    packed: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, rounds: Round
+) -> None:
+    """Round some rows at a time. One allocation a result: small ones that stay between large ones
+    that go would keep the heap from shrinking."""
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        packed[rows], scales[rows] = rounds(weight[rows])
+
+
 def _int8_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = rows.to(torch.float16)
     scales = rows.abs().amax(dim=1).float()
     # A row of zeros: 0 x inf, which bitsandbytes' CPU kernel turns into 0.
     scaled = torch.nan_to_num(rows * (127.0 / scales.unsqueeze(-1)), nan=0.0)
-    return torch.round(scaled).to(torch.int8).cpu(), scales.cpu()
+    return torch.round(scaled).to(torch.int8), scales
 
 
 def _nf4_settings(dtype: torch.dtype) -> "BitsAndBytesConfig":
@@ -109,8 +127,13 @@ def nf4(weight: torch.Tensor) -> Parts:
     import bitsandbytes.functional as bnb
 
     code = bnb.get_4bit_type("nf4", device="cpu")
-    parts = [_nf4_blocks(chunk, code) for chunk in weight.reshape(-1).split(CHUNK)]
-    scales = torch.cat([scales for _, scales in parts])
+    flat = weight.reshape(-1)
+    packed = torch.empty(math.ceil(len(flat) / 2), 1, dtype=torch.uint8)
+    scales = torch.empty(math.ceil(len(flat) / BLOCK), dtype=torch.float32)
+    for start in range(0, len(flat), CHUNK):
+        pairs, maxima = _nf4_blocks(flat[start : start + CHUNK], code)
+        packed[start // 2 :][: len(pairs)] = pairs
+        scales[start // BLOCK :][: len(maxima)] = maxima
     mean = _mean_in_one_thread(scales)
     nested_scales, nested = bnb.quantize_blockwise(scales - mean, blocksize=NESTED_BLOCK)
     state = bnb.QuantState(
@@ -124,7 +147,7 @@ def nf4(weight: torch.Tensor) -> Parts:
         state2=nested,
     )
     beside = {f"weight.{key}": part.clone() for key, part in state.as_dict(packed=True).items()}
-    return {"weight": torch.cat([packed for packed, _ in parts]), **beside}
+    return {"weight": packed, **beside}
 
 
 def _nf4_blocks(flat: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,8 +170,7 @@ def _nf4_blocks(flat: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, t
     code = code.to(values.device)
     nearest = torch.bucketize(scaled.clamp_(-1, 1), (code[:-1] + code[1:]) / 2, out_int32=True)
     nibbles = nearest.to(torch.uint8)
-    packed = (nibbles[::2] << 4) | nibbles[1::2]
-    return packed.unsqueeze(1).cpu(), scales.cpu()
+    return ((nibbles[::2] << 4) | nibbles[1::2]).unsqueeze(1), scales
 
 
 def _mean_in_one_thread(values: torch.Tensor) -> torch.Tensor:
@@ -172,14 +194,12 @@ def _fp8_size(rows: int, columns: int) -> int:
 
 def fp8(weight: torch.Tensor) -> Parts:
     """e4m3 with a scale a row: see ditty.models.fp8."""
-    from ditty.models.fp8 import round_rows
+    from ditty.models.fp8 import E4M3, round_rows
 
-    rows = max(1, CHUNK // weight.shape[1])
-    parts = [round_rows(chunk) for chunk in weight.split(rows)]
-    return {
-        "weight": torch.cat([part.cpu() for part, _ in parts]),
-        "weight_scale": torch.cat([scales.cpu() for _, scales in parts]),
-    }
+    packed = torch.empty(weight.shape, dtype=E4M3)
+    scales = torch.empty(len(weight), 1, dtype=torch.float32)
+    _fill_by_rows(packed, scales, weight, round_rows)
+    return {"weight": packed, "weight_scale": scales}
 
 
 FORMATS = {
@@ -192,7 +212,7 @@ FORMATS = {
         nf4,
         _nf4_size,
     ),
-    Quantization.FP8: Format("float8 e4m3, one scale a row", _fp8_settings, fp8, _fp8_size),
+    Quantization.FP8: Format("float8 e4m3, one scale a row", _fp8_settings, fp8, _fp8_size, False),
 }
 
 CARD = """---
@@ -205,7 +225,7 @@ The linear layers of its blocks are stored as {title}; everything else is {dtype
 
 - quantized weights: {quantized:,}
 - other weights: {other:,}
-- size: {size:.2f} GB in {shards} file(s); `shards.json` says what each was made of
+{experts}- size: {size:.2f} GB in {shards} file(s); `shards.json` says what each was made of
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -218,7 +238,7 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 Made by `ditty quantize`; `ditty lineage` on this folder says from what.
 """
 
-
+EXPERTS = "- of these, experts in stacks, as transformers leaves them: {expert_weights:,}\n"
 EXACT = """The weights are those that transformers and bitsandbytes make of the original when they
 quantize it at load, on a CPU."""
 NEAREST = (
@@ -243,6 +263,7 @@ def model_card(architecture: str, to: Quantization, facts: dict[str, Any]) -> st
         dtype=facts["dtype"],
         quantized=facts["quantized_weights"],
         other=facts["other_weights"],
+        experts=EXPERTS.format(**facts) if "expert_weights" in facts else "",
         size=facts["bytes"] / 1e9,
         shards=facts["shards"],
     )

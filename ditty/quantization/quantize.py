@@ -10,6 +10,7 @@ turns it off), not the quantization, which runs no layer.
 Source: arXiv:2208.07339 (LLM.int8), arXiv:2305.14314 (NF4 and double quantization).
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from ditty.config.choices import Quantization
 from ditty.errors import ModelError
 from ditty.pretrained.modelfolder import check_folder
 from ditty.quantization.formats import FORMATS, Pack, model_card
-from ditty.quantization.quantplan import Tensor, plan, skeleton
+from ditty.quantization.quantplan import Tensor, plan, skeleton, stacks
 from ditty.quantization.shards import (
     DTYPES,
     Parts,
@@ -36,6 +37,8 @@ from ditty.quantization.shards import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils.quantization_config import QuantizationConfigMixin
+
+log = logging.getLogger(__name__)
 
 
 def quantize(
@@ -66,9 +69,11 @@ def quantize(
         trust_remote_code: build the model from the folder's own code.
     Returns:
         facts: quantized_weights and other_weights (counts), bytes, shards, dtype, ignored (names
-        in the checkpoint that transformers does not load either).
+        in the checkpoint that transformers does not load either), and of a mixture of experts
+        expert_weights (a count): those among the others that are stacked.
     Raises:
-        ModelError: the checkpoint does not fit its config, is quantized already, or fuses experts.
+        ModelError: the checkpoint does not fit its config, is quantized already, or has stacks of
+            experts that the format does not leave as they are.
         StoreError: the disk has no room for the result.
     """
     if dtype not in DTYPES:
@@ -76,13 +81,39 @@ def quantize(
     check_folder(source, quantize=True)
     settings = FORMATS[to].settings(DTYPES[dtype])
     model = skeleton(source, settings, DTYPES[dtype], trust_remote_code)
+    kept = _stacked_weights(model, source, to, dtype)
     tensors, ignored = plan(model, source, DTYPES[dtype], FORMATS[to].size)
     convert = partial(_convert, pack=FORMATS[to].pack, device=torch.device(device))
     shards = write_shards([_piece(tensor, convert) for tensor in tensors], out, progress)
     _write_config(model, settings, source, out)
     facts = _facts(tensors, out) | {"shards": shards, "dtype": dtype, "ignored": ignored}
+    facts |= {"expert_weights": kept} if kept else {}
     (out / "README.md").write_text(model_card(type(model).__name__, to, facts))
     return facts
+
+
+def _stacked_weights(model: "PreTrainedModel", source: Path, to: Quantization, dtype: str) -> int:
+    """How many weights of `model` are experts in stacks, which stay as they are; said in the log.
+
+    Raises:
+        ModelError: the format does not leave them so.
+    """
+    found = stacks(model)
+    if not found:
+        return 0
+    count = sum(shape.numel() for shape in found.values())
+    name, shape = next(iter(found.items()))
+    said = (
+        f"{name} of {source} has shape {list(shape)}: experts in one tensor. {count:,} weights are "
+        "in such stacks"
+    )
+    if not FORMATS[to].leaves_stacks:
+        raise ModelError(
+            f"{said}, and {to} has no layout for them. Use model.quantization: nf4 or int8, which "
+            "leave them as they are, or none"
+        )
+    log.warning("%s; as with transformers they are not quantized, and stay in %s", said, dtype)
+    return count
 
 
 def _facts(tensors: list[Tensor], out: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ kept here. They are not its public interface: tests compare the outcome with fro
 import json
 import math
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,7 @@ def skeleton(
     """The model without weights, its layers replaced as in from_pretrained.
 
     Raises:
-        ModelError: transformers cannot build it, or some of its large weights would silently stay
-            as they are.
+        ModelError: transformers cannot build it, or it has nothing that could be quantized.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -90,7 +90,8 @@ def skeleton(
     model = build_empty(
         source, dtype, lambda config: quantizer, trust_remote_code=trust_remote_code
     )
-    _refuse_fused(model, source)
+    if not any(is_quantized(model, name) for name, _ in model.named_parameters()):
+        raise ModelError(f"the model in {source} has no linear layer that could be quantized")
     return model
 
 
@@ -103,23 +104,19 @@ def _quantizer(model: "PreTrainedModel") -> Any:
     return model.hf_quantizer
 
 
-def _refuse_fused(model: "PreTrainedModel", source: Path) -> None:
-    """Raise where experts are fused in one tensor: they would stay in full size without a word.
+def stacks(model: "PreTrainedModel") -> dict[str, torch.Size]:
+    """The experts that the model holds stacked in one parameter each, by name.
 
-    bitsandbytes replaces linear layers; a parameter of three dimensions outside a convolution is
-    a stack of matrices that it does not see.
+    No linear layer is made of them, so that they are not quantized. A parameter of three
+    dimensions outside a convolution is such a stack.
     """
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim >= 3 and not isinstance(owner, convolutions):
-            raise ModelError(
-                f"{name} of {source} has shape {list(parameter.shape)}: experts fused in one "
-                "tensor, which bitsandbytes cannot quantize and would leave in full size. "
-                "Use model.quantization: none, or a dense model"
-            )
-    if not any(is_quantized(model, name) for name, _ in model.named_parameters()):
-        raise ModelError(f"the model in {source} has no linear layer that could be quantized")
+    return {
+        name: parameter.shape
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 3
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), convolutions)
+    }
 
 
 def plan(
@@ -128,33 +125,53 @@ def plan(
     """Every tensor to be written, ordered by file and name, and the names that are not loaded.
 
     Raises:
-        ModelError: checkpoint and config do not fit each other, or the checkpoint's layout needs
-            more than renaming.
+        ModelError: checkpoint and config do not fit each other, or transformers computes what is
+            to be quantized from several tensors.
     """
     rename = _renaming(model)
     cast = _casting(model, dtype)
     known = model.state_dict()
-    tensors: dict[str, Tensor] = {}
+    tensors: list[Tensor] = []
+    whole: dict[str, Tensor] = {}  # those that are a weight as they stand, by its name
+    counts: dict[str, int] = defaultdict(int)  # of those that transformers makes weights of
     ignored: list[str] = []
     for header in headers(source):
-        target = rename(header.name)
+        target, made = rename(header.name)
         if target not in known:
             ignored.append(header.name)
             continue
-        if target in tensors:
+        tensors.append(_describe(model, header, target, cast(target), size))
+        if made:
+            counts[target] += tensors[-1].count
+            continue
+        if target in whole:
             raise ModelError(
-                f"{source}: {tensors[target].name} and {header.name} are the same weight, {target}"
+                f"{source}: {whole[target].name} and {header.name} are the same weight, {target}"
             )
-        tensors[target] = _describe(model, header, target, cast(target), size)
-        shape = list(known[target].shape)
-        expected = shape[::-1] if tensors[target].transposed else shape
-        if header.shape != expected:
-            raise ModelError(
-                f"{header.name} in {header.file} has shape {header.shape}, config.json makes it "
-                f"{expected}: weights and config are of different models"
-            )
-    _check_complete(model, set(tensors), source)
-    return list(tensors.values()), ignored
+        whole[target] = tensors[-1]
+        _check_shape(header, list(known[target].shape), transposed=tensors[-1].transposed)
+    for target, count in counts.items():
+        _check_count(target, count, known[target].numel(), source)
+    check_complete(model, {*whole, *counts}, source)
+    return tensors, ignored
+
+
+def _check_shape(header: Header, shape: list[int], *, transposed: bool) -> None:
+    expected = shape[::-1] if transposed else shape
+    if header.shape != expected:
+        raise ModelError(
+            f"{header.name} in {header.file} has shape {header.shape}, config.json makes it "
+            f"{expected}: weights and config are of different models"
+        )
+
+
+def _check_count(target: str, count: int, expected: int, source: Path) -> None:
+    """Raise unless what transformers makes `target` of is all there: a stack of experts."""
+    if count != expected:
+        raise ModelError(
+            f"the tensors that {target} is made of have {count:,} weights in {source}, config.json "
+            f"makes it {expected:,}: the checkpoint is incomplete, or the config of another model"
+        )
 
 
 def _describe(
@@ -185,20 +202,20 @@ def _describe(
     )
 
 
-def _renaming(model: "PreTrainedModel") -> Callable[[str], str]:
-    """From a checkpoint's name of a tensor to the model's."""
+def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, bool]]:
+    """From a checkpoint's name of a tensor to (the model's, whether it is only a part of that)."""
     from ditty.models.weights import CheckpointNames
 
     names = CheckpointNames(model)
 
-    def rename(name: str) -> str:
+    def rename(name: str) -> tuple[str, bool]:
         found, pattern = names.target(name)
-        if pattern is not None:
+        if pattern is not None and found in names.known and is_quantized(model, found):
             raise ModelError(
                 f"the checkpoint's tensor {name} is not {found} itself: transformers computes one "
                 "from the other, which is not done here. Use model.quantization: none"
             )
-        return found
+        return found, pattern is not None
 
     return rename
 
@@ -216,7 +233,7 @@ def _casting(model: "PreTrainedModel", dtype: torch.dtype) -> Callable[[str], to
     return cast
 
 
-def _check_complete(model: "PreTrainedModel", seen: set[str], source: Path) -> None:
+def check_complete(model: "PreTrainedModel", seen: set[str], source: Path) -> None:
     """Raise for a parameter that no tensor fills: from_pretrained would make it up at random."""
     tied = model.all_tied_weights_keys
     for name, _ in model.named_parameters(remove_duplicate=False):

@@ -1,15 +1,16 @@
 """A model's folder, written piece by piece: shards with their index, and the files beside them.
 
-One shard is made while the two before it are written, and a shard that stands is never made again:
-the memory of three shards, and of what making one of their pieces takes.
+One shard is made while the one before it is written and another hashed, and a shard that stands is
+never made again: the memory of two shards, or of one where it is a single larger piece, and of what
+making a piece takes.
 """
 
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Semaphore
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,8 @@ from ditty.store.readahead import Span, read_ahead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 256 << 20  # of one file; a larger piece gets a file of its own
-WRITERS = 2  # shards that are written and hashed at once; one hashes slower than a disk writes
+WRITERS = 2  # shards that are written or hashed at once; one hashes slower than a disk writes
+IN_MEMORY = 2  # shards: one that is made, and one that is not yet the kernel's to write
 SPARE_BYTES = 64 << 20  # of disk, beyond the result
 COPIED = ("generation_config.json", "*.py")
 PLAN = "shards.json"  # which tensors of the source each file is made of; there before they are
@@ -88,12 +90,25 @@ class Shard:
         except (OSError, SafetensorError):
             return False
 
-    def write(self, content: Parts) -> None:
-        """Put it on the disk, then give it its name."""
+    @property
+    def memory(self) -> int:
+        """How many of IN_MEMORY it counts for: a large piece is alone."""
+        return IN_MEMORY if self.result_bytes > SHARD_BYTES else 1
+
+    def write(self, content: Parts, written: Callable[[], None]) -> None:
+        """Put it on the disk, then give it its name.
+
+        Args:
+            content: is emptied before `written` is called: memory is free while the disk works.
+        """
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            fail_point("write", self.path)
-            save_file(content, temporary, metadata={"format": "pt"})
+            try:
+                fail_point("write", self.path)
+                save_file(content, temporary, metadata={"format": "pt"})
+            finally:
+                content.clear()
+                written()
             fsync_path(temporary)
             rename(temporary, self.path)
         except BaseException:
@@ -127,6 +142,7 @@ def write_shards(pieces: Sequence[Piece], out: Path, progress: Progress | None =
     with _Writer() as writer:
         for number, shard in enumerate(missing, start=1):
             _read_ahead(missing[number : number + 1])
+            writer.make_room(shard)
             content: Parts = {}
             for piece in shard.pieces:
                 content.update(piece.make())
@@ -153,30 +169,39 @@ def _remove_stale(plan: dict[str, Any], out: Path) -> None:
 
 
 class _Writer:
-    """Writes shards in WRITERS threads, while its user makes the next."""
+    """Writes shards in WRITERS threads, while its user makes the next, of IN_MEMORY."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="ditty shards")
-        self._under_way: deque[Future[None]] = deque()
+        self._under_way: list[Future[None]] = []
+        self._room = Semaphore(IN_MEMORY)
 
     def __enter__(self) -> "_Writer":
         return self
 
-    def write(self, shard: Shard, content: Parts) -> None:
-        """Begin to write a shard, once fewer than WRITERS others are under way."""
-        self._wait(WRITERS - 1)
-        self._under_way.append(self._pool.submit(shard.write, content))
+    def make_room(self, shard: Shard) -> None:
+        """Wait until there is memory to make `shard`; raises what has failed of those before."""
+        for _ in range(shard.memory):
+            self._room.acquire()
+        for done in [future for future in self._under_way if future.done()]:
+            self._under_way.remove(done)
+            done.result()
 
-    def _wait(self, at_most: int) -> None:
-        while len(self._under_way) > at_most:
-            self._under_way.popleft().result()
+    def write(self, shard: Shard, content: Parts) -> None:
+        """Begin to write a shard, for which room was made."""
+
+        def written() -> None:
+            self._room.release(shard.memory)
+
+        self._under_way.append(self._pool.submit(shard.write, content, written))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._pool.shutdown()
         if error is None:
-            self._wait(0)
+            for future in self._under_way:
+                future.result()
 
 
 def _write_index(shards: list[Shard], out: Path) -> None:

@@ -175,6 +175,12 @@ def _fetch_refs(base: basemodel.BaseModelRef) -> Iterator[StageRef]:
         yield StageRef("fetch", basemodel.key(base), dict(base.identity), title)
 
 
+def convert_ref(pickled: basemodel.BaseModelRef) -> StageRef:
+    """The stage that converts the .bin files of a hub model; see basemodel.pickled_snapshot."""
+    title = f"convert {pickled.identity['repo']}"
+    return StageRef("fetch", basemodel.key(pickled), dict(pickled.identity), title)
+
+
 def _row_refs(data: DataSpec) -> list[StageRef]:
     named = _short(data.source) if data.source else f"{len(data.sources)} sources"
     title = f"load {cut(named, 60)}"
