@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from ditty.conversion.ggufvocab import write_vocabulary
 from ditty.errors import ModelError
-from ditty.quantization.quantplan import Header, headers
+from ditty.pretrained.tensorfiles import Header, headers
 from ditty.quantization.shards import Progress, check_disk
 
 if TYPE_CHECKING:
