@@ -111,10 +111,12 @@ def evaluate(job: Job, attempt: Path) -> Result:
 
 
 def harness(job: Job, attempt: Path) -> Result:
-    """The `harness` stage, in one process, on what `evaluate` measures."""
-    from ditty.evaluation.evalstages import runs_tasks
+    """The `harness` stage: one task, in one process, on what `evaluate` measures."""
+    from ditty.evaluation.evalstages import runs_task
+    from ditty.stages.evaltasks import identified
 
-    make = runs_tasks(job.model_dir, job.trained_dir, job.spec, job.device)
+    task = identified(job.spec.evaluate.tasks, job.inputs["task"])
+    make = runs_task(job.model_dir, job.trained_dir, task, job.spec, job.device)
     return _build(job, "harness", make)
 
 

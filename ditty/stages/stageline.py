@@ -264,23 +264,27 @@ def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | No
     return make_ref("evaluate", title, inputs)
 
 
-def harness_ref(spec: RunSpec, model_key: str, trained: str | None) -> StageRef:
-    """The stage that runs the tasks of `evaluate.tasks`; arguments as of `evaluate_ref`.
+def harness_refs(spec: RunSpec, model_key: str, trained: str | None) -> list[StageRef]:
+    """The stages that run a task of `evaluate.tasks` each; arguments as of `evaluate_ref`.
 
     Raises:
         SpecError: the harness is not installed, or a task's file cannot be read.
     """
-    inputs: dict[str, Any] = {
-        "model": model_key,
-        "precision": spec.train.precision.value,
-        "attention": spec.model.attention.value,
-        "tasks": [evaltasks.identify(task) for task in spec.evaluate.tasks],
-        "limit": spec.evaluate.tasks_limit,
-        "lm_eval": evaltasks.version(),
-    }
-    if trained:
-        inputs["train"] = trained
-    return make_ref("harness", f"tasks of {trained[:8] if trained else 'the base model'}", inputs)
+    of = trained[:8] if trained else "the base model"
+    refs = []
+    for task in spec.evaluate.tasks:
+        inputs: dict[str, Any] = {
+            "model": model_key,
+            "precision": spec.train.precision.value,
+            "attention": spec.model.attention.value,
+            "task": evaltasks.identify(task),
+            "limit": spec.evaluate.tasks_limit,
+            "lm_eval": evaltasks.version(),
+        }
+        if trained:
+            inputs["train"] = trained
+        refs.append(make_ref("harness", f"task {inputs['task']['name']} of {of}", inputs))
+    return refs
 
 
 def merge_ref(trained: str, model_key: str | None, dtype: str | None = None) -> StageRef:
