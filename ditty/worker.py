@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ditty.config.choices import FinalWeights
+from ditty.config.choices import ExportDtype, FinalWeights
 from ditty.config.spec import RunSpec
 from ditty.errors import LESS_MEMORY, DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.processes.signals import show_stack_when_asked
@@ -146,7 +146,9 @@ def gguf(job: Job, attempt: Path) -> Result:
 
     def make(out: Path) -> dict[str, Any]:
         name, ends = job.inputs["name"], job.inputs["ends"]
-        return write_gguf(job.model_dir, out, name, ends, progress=Shown("written"))
+        to = ExportDtype(job.inputs["quantized"]) if "quantized" in job.inputs else None
+        shown = Shown("written")
+        return write_gguf(job.model_dir, out, name, ends, quantized=to, progress=shown)
 
     return _build(job, "gguf", make)
 

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ditty.config.choices import OnAnomaly, OperationMethod, Precision, Quantization
+from ditty.config.choices import ExportDtype, OnAnomaly, OperationMethod, Precision, Quantization
 from ditty.config.dataspec import DataSpec, Operation
 from ditty.config.spec import RunSpec
 from ditty.dataset import functions, sources
@@ -301,15 +301,20 @@ def merge_ref(trained: str, model_key: str | None, dtype: str | None = None) -> 
     return make_ref("merge", title, inputs)
 
 
-def gguf_ref(made: StageRef, name: str, ends: list[int]) -> StageRef:
+def gguf_ref(
+    made: StageRef, name: str, ends: list[int], quantized: ExportDtype | None = None
+) -> StageRef:
     """The stage that writes a whole model as a .gguf file.
 
     Args:
         made: a training of all weights, or a merge.
         name: of the model, in the file.
         ends: ids of the tokens with which the model has learned to end, besides those it has.
+        quantized: llama.cpp's type of the matrices; None: that of the model.
     """
-    inputs = {made.stage: made.key, "name": name, "ends": ends}
+    inputs: dict[str, Any] = {made.stage: made.key, "name": name, "ends": ends}
+    if quantized:
+        inputs |= {"quantized": quantized.value, "gguf": metadata.version("gguf")}
     return make_ref("gguf", f"write {made.key[:8]} as .gguf", inputs)
 
 
