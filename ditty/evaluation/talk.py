@@ -8,6 +8,7 @@ Each line of standard input is a message; both answer, each with its own answers
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -156,6 +157,7 @@ def sampling(temperature: float) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Load, and answer each line; a user's mistake is a message and exit code 1."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # libraries to their callers, not to users
     run, max_tokens, temperature = arguments
     try:
         speakers, spec, folder = load(run, Store())
