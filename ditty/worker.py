@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ditty.config.choices import FinalWeights
+from ditty.config.choices import ExportDtype, FinalWeights
 from ditty.config.spec import RunSpec
 from ditty.errors import LESS_MEMORY, DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.processes.signals import show_stack_when_asked
@@ -111,10 +111,12 @@ def evaluate(job: Job, attempt: Path) -> Result:
 
 
 def harness(job: Job, attempt: Path) -> Result:
-    """The `harness` stage, in one process, on what `evaluate` measures."""
-    from ditty.evaluation.evalstages import runs_tasks
+    """The `harness` stage: one task, in one process, on what `evaluate` measures."""
+    from ditty.evaluation.evalstages import runs_task
+    from ditty.stages.evaltasks import identified
 
-    make = runs_tasks(job.model_dir, job.trained_dir, job.spec, job.device)
+    task = identified(job.spec.evaluate.tasks, job.inputs["task"])
+    make = runs_task(job.model_dir, job.trained_dir, task, job.spec, job.device)
     return _build(job, "harness", make)
 
 
@@ -144,7 +146,9 @@ def gguf(job: Job, attempt: Path) -> Result:
 
     def make(out: Path) -> dict[str, Any]:
         name, ends = job.inputs["name"], job.inputs["ends"]
-        return write_gguf(job.model_dir, out, name, ends, progress=Shown("written"))
+        to = ExportDtype(job.inputs["quantized"]) if "quantized" in job.inputs else None
+        shown = Shown("written")
+        return write_gguf(job.model_dir, out, name, ends, quantized=to, progress=shown)
 
     return _build(job, "gguf", make)
 

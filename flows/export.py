@@ -5,7 +5,7 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from ditty.config.choices import Adapter, Device, ExportTo, Precision
+from ditty.config.choices import Adapter, Device, ExportDtype, ExportTo, Precision
 from ditty.config.spec import RunSpec
 from ditty.errors import RunError, SpecError
 from ditty.pretrained import basemodel
@@ -30,7 +30,7 @@ def export(
     run: str,
     to: ExportTo = ExportTo.ADAPTER,
     out: str | None = None,
-    dtype: Precision | None = None,
+    dtype: ExportDtype | None = None,
     license: str | None = None,
     public: bool = False,
 ) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def export(
         out: A folder that is made, `s3://bucket/prefix/name`, or `hub:ORG/NAME`; without it, the
             result stays in the store.
         dtype: Of the weights of a whole model; without it, that of the base, or that they were
-            trained in.
+            trained in. `q8_0` and `q4_0` are for a .gguf file.
         license: For the card, an identifier of the hub's (apache-2.0); without it, that of the
             README in the base model's folder.
         public: Whether a repository that is made at the hub can be seen by all.
@@ -56,7 +56,7 @@ def export(
         of its content, "base": the model beside which an adapter is loaded, or None}
     Raises:
         RunError: there is no such run, it has no result, or its base model is another by now.
-        SpecError: a dtype for an adapter.
+        SpecError: a dtype for an adapter, or one of a .gguf file for another.
         GateFailed: the result failed `evaluate.require`, and others would see it: `out` is no
             folder here, or a whole model would go to DITTY_STORE_URL.
         RemoteError: another content is there already, or the place cannot be reached.
@@ -70,6 +70,8 @@ def export(
             f"--dtype: got {dtype}, but an adapter is copied as it was trained (fp32): leave it "
             "out, or use `--to merged` or `--to gguf`"
         )
+    if dtype is not None and dtype.precision is None and to is not ExportTo.GGUF:
+        raise SpecError(f"--dtype: {dtype} is of .gguf files: use `--to gguf`, or fp32, bf16, fp16")
 
     def body(call: Caller) -> dict[str, Any]:
         _check_gates(run, trained, store, to, out)
@@ -101,7 +103,7 @@ def _check_gates(run: str, trained: Trained, store: Store, to: ExportTo, out: st
         raise gate_error(run, list(trained.failed_gates), str(stays))
 
 
-def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | None) -> StageRef:
+def _result(call: Caller, trained: Trained, to: ExportTo, dtype: ExportDtype | None) -> StageRef:
     """The stage whose artifact is wanted; it is in the store then.
 
     Raises:
@@ -109,17 +111,19 @@ def _result(call: Caller, trained: Trained, to: ExportTo, dtype: Precision | Non
     """
     spec, store = call.spec, call.store
     made = _training(spec, store, trained.key)
+    precision = dtype.precision if dtype else None
     if spec.model.adapter is Adapter.NONE:
-        if dtype is not None:
+        if precision is not None:
             folder = store.path(made.stage, made.key)
-            cast = stageline.merge_ref(trained.key, None, stageline.TORCH_NAMES[dtype])
+            cast = stageline.merge_ref(trained.key, None, stageline.TORCH_NAMES[precision])
             made = _made(call, cast, Work(spec, store, folder))
     elif to is not ExportTo.ADAPTER:
-        made = _merged(call, made, dtype)
+        made = _merged(call, made, precision)
     if to is ExportTo.GGUF:
         work = Work(spec, store, store.path(made.stage, made.key))
         ends = taught_ends(store.path("train", trained.key))
-        made = _made(call, stageline.gguf_ref(made, spec.name, ends), work)
+        quantized = None if precision else dtype
+        made = _made(call, stageline.gguf_ref(made, spec.name, ends, quantized), work)
     return made
 
 

@@ -26,11 +26,13 @@ def measure(call: Caller, line: StageLine, work: Work, trained: str | None) -> d
 
 
 def score(call: Caller, line: StageLine, work: Work, trained: str | None) -> dict[str, float]:
-    """What one result scores in `evaluate.tasks`; None: the base model."""
-    ref = stageline.harness_ref(call.spec, line.need("train").inputs["model"], trained)
-    with locked(work.run.flow_lock, shared=True):
-        call.cached(tasks.evaluate, ref, work.of_result(trained))
-    return tasks.scores(ref, call.store)
+    """What one result scores in `evaluate.tasks`, each a stage; None: the base model."""
+    found: dict[str, float] = {}
+    for ref in stageline.harness_refs(call.spec, line.need("train").inputs["model"], trained):
+        with locked(work.run.flow_lock, shared=True):
+            call.cached(tasks.evaluate, ref, work.of_result(trained))
+        found |= tasks.scores(ref, call.store)
+    return found
 
 
 def evaluated(call: Caller, line: StageLine, work: Work) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ def make_model(ref: StageRef, work: Work) -> Reference:
 
 @task(name="evaluate", task_run_name="{ref.title}")
 def evaluate(ref: StageRef, work: Work) -> Reference:
-    """A held-out loss, or tasks; on the GPU, so that it waits for its turn as a training does."""
+    """A held-out loss, or a task; on the GPU, so that it waits for its turn as a training does."""
     if work.store.find(ref.stage, ref.key):
         return reference(ref, committed(ref, work.store))
     with training_slot():
@@ -69,8 +69,8 @@ def evaluation(ref: StageRef, store: Store) -> dict[str, Any]:
 
 
 def scores(ref: StageRef, store: Store) -> dict[str, float]:
-    """What `evaluate` has found of tasks: "task/metric" -> value."""
-    found = read_json(store.path(ref.stage, ref.key) / "tasks.json")
+    """What `evaluate` has found of a task: "task/metric" -> value."""
+    found = read_json(store.path(ref.stage, ref.key) / "scores.json")
     assert found is not None, f"{ref.title} was committed"
     return found
 

@@ -208,6 +208,27 @@ def test_seq_len_beyond_the_models(tmp_path, no_process):
         prepare(make_spec(tmp_path, data__seq_len=1024))
 
 
+def test_layers_that_the_model_has_not(tmp_path, no_process):
+    """peft would train what it finds of the list; the names are those of the model's files."""
+    message = r"target_modules: this model has no layer 'v_prj'; did you mean v_proj or"
+    with pytest.raises(SpecError, match=message):
+        make_plan(make_spec(tmp_path, model__target_modules=["q_proj", "v_prj"]), Store())
+    message = r"modules_to_save: this model has no layer 'wte'; it has .*embed_tokens.*lm_head"
+    with pytest.raises(SpecError, match=message):
+        make_plan(make_spec(tmp_path, model__modules_to_save=["wte"]), Store())
+    message = r"'q_proj' is a pattern for the whole name of a layer .* write a list, \[q_proj\]"
+    with pytest.raises(SpecError, match=message):
+        make_plan(make_spec(tmp_path, model__target_modules="q_proj"), Store())
+    with pytest.raises(SpecError, match="is no regular expression"):
+        make_plan(make_spec(tmp_path, model__target_modules="q_proj("), Store())
+    right = {
+        "model__target_modules": ["mlp.up_proj", "model.layers.0.self_attn.q_proj", "lm_head"],
+        "model__modules_to_save": ["embed_tokens"],
+    }
+    make_plan(make_spec(tmp_path, **right), Store())
+    make_plan(make_spec(tmp_path, model__target_modules=r".*\.[qk]_proj"), Store())
+
+
 @pytest.mark.fault("tokenizer")
 def test_no_chat_template(tmp_path, no_process, figure):
     make_model_folder(tmp_path / "model", tokenizer=make_tokenizer(chat_template=None))

@@ -14,7 +14,7 @@ from prefect.blocks.system import Secret
 from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner
 
-from ditty.config.choices import ExportTo, Precision, Quantization
+from ditty.config.choices import ExportDtype, ExportTo, Quantization
 from ditty.config.spec import RunSpec
 from ditty.conversion.ggufexport import FILE
 from ditty.errors import DittyError, RemoteDenied, RemoteError, RunError, SpecError
@@ -158,7 +158,8 @@ def test_the_key_of_a_merge() -> None:
         stageline.gguf_ref(first, name, ends) for name, ends in (("a", []), ("b", []), ("a", [1]))
     ]
     files.append(stageline.gguf_ref(others[0], "a", []))
-    assert len({ref.key for ref in files}) == 4
+    files += [stageline.gguf_ref(first, "a", [], to) for to in (ExportDtype.Q8_0, ExportDtype.Q4_0)]
+    assert len({ref.key for ref in files}) == 6
     assert (
         stageline.export_ref(first, "file:///x").key != stageline.export_ref(first, "file:///y").key
     )
@@ -201,12 +202,18 @@ def test_a_quantized_training_becomes_a_model(tmp_path: Path, home: Path, prefec
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
     with pytest.raises(SpecError, match="--dtype: got bf16, but an adapter is copied as"):
-        export("mine", dtype=Precision.BF16)
+        export("mine", dtype=ExportDtype.BF16)
     file = export("mine", ExportTo.GGUF, str(tmp_path / "file"))
     (gguf,) = chain(tmp_path / "file")
     assert file["base"] is None and [parent.kind for parent in gguf.parents] == ["merge"]
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "file", gguf_file=FILE)
     assert torch.equal(read(ids).logits, ours)
+    with pytest.raises(SpecError, match="--dtype: q8_0 is of .gguf files: use `--to gguf`, or fp"):
+        export("mine", ExportTo.MERGED, dtype=ExportDtype.Q8_0)
+    small = export("mine", ExportTo.GGUF, dtype=ExportDtype.Q8_0)["path"]
+    read = AutoModelForCausalLM.from_pretrained(small, gguf_file=FILE)
+    assert 0 < (read(ids).logits - ours).abs().max() < 0.1
+    assert Path(small, FILE).stat().st_size < 0.4 * (tmp_path / "file" / FILE).stat().st_size
 
     (merge,) = chain(tmp_path / "out")
     assert {parent.kind for parent in merge.parents} == {"train", "model"}
@@ -230,8 +237,8 @@ def test_a_model_that_was_trained_whole(tmp_path: Path, home: Path, prefect_api:
     leave_word(RunDir.named("mine", home), spec, train.key)
     trained = AutoModelForCausalLM.from_pretrained(export("mine")["path"])
     assert export("mine", ExportTo.MERGED)["path"] == export("mine")["path"]
-    cast = export("mine", ExportTo.MERGED, dtype=Precision.BF16)["path"]
-    export("mine", ExportTo.GGUF, str(tmp_path / "file"), Precision.BF16)
+    cast = export("mine", ExportTo.MERGED, dtype=ExportDtype.BF16)["path"]
+    export("mine", ExportTo.GGUF, str(tmp_path / "file"), ExportDtype.BF16)
     ours = AutoModelForCausalLM.from_pretrained(cast)
     read = AutoModelForCausalLM.from_pretrained(
         tmp_path / "file", gguf_file=FILE, dtype=torch.bfloat16

@@ -4,6 +4,7 @@ What transformers does not read (llama.cpp's factors of the rotary embedding, ty
 read with llama.cpp's own package.
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -16,19 +17,23 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
     GenerationConfig,
     GgufConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
+from ditty.config.choices import ExportDtype
 from ditty.conversion.ggufexport import FILE, interleave, write_gguf
 from ditty.errors import ModelError
 from tests.architectures import GROUPED, TIED, UNTIED
 from tests.tiny import make_tokenizer, tiny_config
-from tests.tokenizers_for_tests import CHATML, train_tokenizer
+from tests.tokenizers_for_tests import CHATML, train_pieces, train_tokenizer
 
 TOKENS = 318  # of the tokenizer that is trained here
 SIZE = {"vocab_size": 336}  # 18 more rows than tokens, as padded embeddings have
@@ -39,6 +44,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**(GROUPED | SIZE), **UNTIED),
     # transformers takes 128 for granted where a .gguf file says it otherwise.
     "qwen3": Qwen3Config(**(GROUPED | SIZE), head_dim=128, **TIED),
+    "phi3": Phi3Config(**(GROUPED | SIZE), **UNTIED, sliding_window=None, pad_token_id=2),
+    # Heads of 256 and its root as their scale are taken for granted, by llama.cpp too.
+    "gemma2": Gemma2Config(**(GROUPED | SIZE), head_dim=256, sliding_window=8),
+    "gemma3": Gemma3TextConfig(**(GROUPED | SIZE), head_dim=256, sliding_window=8),
 }
 
 
@@ -84,7 +93,10 @@ def test_transformers_reads_the_model_back(tmp_path: Path, name: str, dtype: tor
     after, expected = ours.state_dict(), before.state_dict()
     assert after.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.equal(after[key], value), key  # not a bit is lost
+        if name.startswith("gemma") and key.endswith("norm.weight"):  # the file has 1 + value, fp32
+            torch.testing.assert_close(after[key], value, rtol=0, atol=2**-23)
+        else:
+            assert torch.equal(after[key], value), key  # not a bit is lost
     assert facts["weights"] == sum(parameter.numel() for parameter in before.parameters())
     text = "Hello there, how are you?\n\ndef add(a, b):"
     theirs = AutoTokenizer.from_pretrained(out, gguf_file=FILE)
@@ -92,6 +104,120 @@ def test_transformers_reads_the_model_back(tmp_path: Path, name: str, dtype: tor
     assert theirs(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert greedy(ours, theirs, text) == greedy(before, tokenizer, text)
     assert theirs.chat_template == CHATML and theirs.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("to", [ExportDtype.Q8_0, ExportDtype.Q4_0])
+def test_quantized_weights_are_those_of_llama_cpps_own_quantizer(
+    tmp_path: Path, to: ExportDtype
+) -> None:
+    """The embedding, which is the head too, has 8 bits; rows of 48 are no whole blocks of 32."""
+    config = tiny_config(**SIZE, intermediate_size=48)
+    base, out = folder_of(tmp_path / "base", config, torch.bfloat16), tmp_path / "out"
+    out.mkdir()
+    facts = write_gguf(base, out, "Tiny", quantized=to)
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    after, asked = read_back(out, torch.float32).state_dict(), gguf.GGMLQuantizationType[to.upper()]
+    kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(out / FILE).tensors}
+    assert kinds["token_embd.weight"] == gguf.GGMLQuantizationType.Q8_0
+    assert kinds["blk.0.ffn_up.weight"] == kinds["blk.1.attn_q.weight"] == asked
+    assert kinds["blk.0.ffn_down.weight"] == gguf.GGMLQuantizationType.BF16
+    for key, value in before.state_dict().items():
+        found = gguf.GGMLQuantizationType.Q8_0 if "embed" in key or "lm_head" in key else asked
+        expected = value.numpy()
+        if value.dim() == 2 and value.shape[1] % 32 == 0:
+            expected = gguf.dequantize(gguf.quantize(expected, found), found)
+            assert 0 < np.abs(expected - value.numpy()).max() < 0.1, key
+        assert np.array_equal(after[key].numpy(), expected), key
+    assert fields(out)["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{to.upper()}"]
+    assert facts["bytes"] < 0.8 * (base / "model.safetensors").stat().st_size
+
+
+TEXTS = [
+    "Hello there, how are you?\n\ndef add(a, b):",
+    "a  b   c",
+    "\u00e9\u6f22 is nowhere in the vocabulary",
+]
+
+
+def pieces_in(folder: Path, prefix: bool) -> Path:
+    """A model whose tokenizer is tokenizer.model alone, or is Gemma's: no space before a text."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS["llama" if prefix else "gemma3"])
+    config.vocab_size = 370
+    AutoModelForCausalLM.from_config(config).save_pretrained(train_pieces(folder))
+    if not prefix:
+        file, tokenizer = folder / "tokenizer.json", AutoTokenizer.from_pretrained(folder)
+        value = json.loads(tokenizer.backend_tokenizer.to_str())
+        value["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        value["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "invert": False}
+        value["pre_tokenizer"]["behavior"] = "MergedWithPrevious"
+        tokenizer.save_pretrained(folder)
+        file.write_text(json.dumps(value))
+        (folder / "tokenizer_config.json").write_text(  # LlamaTokenizer has a normalizer of its own
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
+        )
+        (folder / "tokenizer.model").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepieces_tokenizer(
+    tmp_path: Path, prefix: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The oracle is sentencepiece's own processor, and its model for pieces and scores."""
+    import sentencepiece
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "out").mkdir()
+    base = pieces_in(tmp_path / "base", prefix)
+    model = train_pieces(tmp_path) / "tokenizer.model"
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    facts = write_gguf(base, tmp_path / "out", "Tiny")
+    found = fields(tmp_path / "out")
+    n = theirs.get_piece_size()
+    assert facts["tokens"] == n and found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.tokens"][:n] == [theirs.id_to_piece(i) for i in range(n)]
+    types = found["tokenizer.ggml.token_type"]
+    asked = (theirs.is_unknown, theirs.is_control, theirs.is_byte)
+    kinds = (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)
+    for i in range(n):
+        expected = [kind for kind, ask in zip(kinds, asked, strict=True) if ask(i)]
+        assert types[i] == (expected or [gguf.TokenType.NORMAL])[0], theirs.id_to_piece(i)
+    scores = found["tokenizer.ggml.scores"]
+    merged = [i for i in range(n) if len(theirs.id_to_piece(i)) > 1 and types[i] == 1]
+    assert len(merged) > 30
+    assert sorted(merged, key=lambda i: -scores[i]) == sorted(
+        merged, key=lambda i: -theirs.get_score(i)
+    )
+    assert found["tokenizer.ggml.add_space_prefix"] is prefix
+    read = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=FILE)
+    for text in TEXTS:
+        ids = AutoTokenizer.from_pretrained(base)(text)["input_ids"]
+        assert read(text)["input_ids"] == ids
+        if prefix:
+            assert theirs.encode(text) == ids
+    assert ("only before the first text" in caplog.text) is prefix
+
+
+def test_pieces_that_llama_cpp_would_merge_otherwise_are_refused(tmp_path: Path) -> None:
+    base = pieces_in(tmp_path, False)
+    file = base / "tokenizer.json"
+    whole = json.loads(file.read_text())
+
+    def message(**model: Any) -> str:
+        file.write_text(json.dumps(whole | {"model": whole["model"] | model}))
+        with pytest.raises(ModelError) as error:
+            write_gguf(base, base, "Tiny")
+        return str(error.value)
+
+    merges = whole["model"]["merges"]
+    assert " make a piece and are not merged" in message(merges=merges[:5] + merges[6:])
+    pair = next(i for i in range(len(merges)) if "".join(merges[i]) == "".join(merges[i + 1]))
+    apart = [*merges[: pair + 1], *merges[pair + 2 :], merges[pair + 1]]
+    assert "are not one after the other" in message(merges=apart)
+    assert "BPE without byte fallback" in message(byte_fallback=False)
+    whole["normalizer"] = {"type": "NFC"}
+    assert "another normalizer" in message()
 
 
 def fields(folder: Path) -> dict[str, Any]:
@@ -187,6 +313,12 @@ def test_what_a_file_cannot_say_is_refused(tmp_path: Path) -> None:
     refused(base, tmp_path / "3", "cannot say that hidden_act is gelu", hidden_act="gelu")
     mistral = folder_of(tmp_path / "mistral", MistralConfig(**(GROUPED | SIZE), sliding_window=8))
     refused(mistral, tmp_path / "4", "attention slides over 8 tokens")
+    gemma = folder_of(tmp_path / "gemma", Gemma2Config(**(GROUPED | SIZE), head_dim=128))
+    refused(gemma, tmp_path / "7", "query_pre_attn_scalar is 256, not 128")
+    alike = ["full_attention"] * 2
+    whole = folder_of(tmp_path / "whole", CONFIGS["gemma3"])
+    refused(whole, tmp_path / "8", "layer_types are .'full_attention', 'full", layer_types=alike)
+    refused(whole, tmp_path / "9", "the logits are capped", final_logit_softcapping=30.0)
     make_tokenizer().save_pretrained(base)  # it has no merges
     refused(base, tmp_path / "5", "byte-level BPE with merges")
     short = folder_of(tmp_path / "short", tiny_config(vocab_size=300))

@@ -56,7 +56,7 @@ def test_an_adapter_scores_what_the_merged_model_does(
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    from ditty.evaluation.harness import run_tasks
+    from ditty.evaluation.harness import run_task
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     quiz, base = write_quiz(tmp_path), make_model_folder(tmp_path / "base")
@@ -68,8 +68,8 @@ def test_an_adapter_scores_what_the_merged_model_does(
         module = load_trained(
             base, result, ModelSpec(base_model=""), TrainSpec(precision="fp32"), torch.device("cpu")
         )
-        asked = EvaluateSpec(tasks=[str(quiz)], tasks_limit=limit)
-        found.append(run_tasks(module, AutoTokenizer.from_pretrained(base), asked, Precision.FP32))
+        tokenizer, asked = AutoTokenizer.from_pretrained(base), EvaluateSpec(tasks_limit=limit)
+        found.append(run_task(module, tokenizer, str(quiz), asked, Precision.FP32))
         monkeypatch.chdir(tmp_path)
         theirs = simple_evaluate(
             HFLM(pretrained=str(whole), device="cpu", dtype="float32"),
@@ -80,8 +80,7 @@ def test_an_adapter_scores_what_the_merged_model_does(
         expected.append({"quiz/acc": theirs["results"]["quiz"]["acc,none"]})
     assert found == expected and found[0] != found[1]
     with pytest.raises(RunError, match=r"missing.yaml \(evaluate.tasks\) cannot be run"):
-        asked = EvaluateSpec(tasks=[str(tmp_path / "missing.yaml")])
-        run_tasks(module, AutoTokenizer.from_pretrained(base), asked, Precision.FP32)
+        run_task(module, tokenizer, str(tmp_path / "missing.yaml"), asked, Precision.FP32)
 
 
 @pytest.mark.slow
@@ -104,9 +103,21 @@ def test_a_run_is_stopped_at_the_gate_of_a_task(
         finetune(RunSpec.model_validate(values | passes))
         found = evaluate(RunSpec.model_validate(values | passes))
     done = {event.stage: event.state for event in events}
-    assert {state for stage, state in done.items() if "tasks of" in stage} == {EventState.CACHED}
+    assert {state for stage, state in done.items() if "task quiz" in stage} == {EventState.CACHED}
     assert len(list((tmp_path / "target").rglob("final/*/adapter_model.safetensors"))) == 1
     assert found["base"].keys() == {"tasks"} and 0 <= found["trained"]["tasks"]["quiz/acc"] <= 1
+
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(QUIZ | {"task": "other", "doc_to_text": "{{question}}:"}))
+    more = asked | {"tasks": [str(other), *asked["tasks"]], "require": {"other/acc": ">= 0"}}
+    events.clear()
+    with listen(events.append):
+        both = evaluate(RunSpec.model_validate(values | {"evaluate": more}))
+    done = {event.stage.split(" of ")[0]: event.state for event in events if "task" in event.stage}
+    assert done == {"task quiz": EventState.CACHED, "task other": EventState.DONE}
+    scores = both["trained"]["tasks"]
+    assert scores.keys() == {"quiz/acc", "other/acc"}
+    assert scores["quiz/acc"] == found["trained"]["tasks"]["quiz/acc"]
 
 
 def spec_with(tasks: list[str], **require: str) -> RunSpec:
@@ -119,8 +130,9 @@ def test_the_key_is_of_all_that_decides_the_scores(tmp_path: Path) -> None:
     def key(tasks: list[str] | None = None, trained: str | None = "t", **train: Any) -> str:
         spec = spec_with(tasks or [str(quiz)])
         spec = spec.model_copy(update={"train": TrainSpec(**train)})
-        return stageline.harness_ref(spec, "m", trained).key
+        return stageline.harness_refs(spec, "m", trained)[-1].key
 
+    assert key(["hellaswag", str(quiz)]) == key()  # another task beside it changes nothing
     seen = {key(), key(trained=None), key(["hellaswag"]), key(precision="fp16")}
     for name in ("notes.txt", "ops.py"):
         (tmp_path / name).write_text("of = 'no importance'")

@@ -29,9 +29,10 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from ditty.config.choices import Quantization
 from ditty.errors import ModelError, StoreError
+from ditty.pretrained.tensorfiles import Header
 from ditty.quantization import formats, shards
 from ditty.quantization.quantize import quantize
-from ditty.quantization.quantplan import Header, _describe, skeleton
+from ditty.quantization.quantplan import _describe, skeleton
 
 from .tiny import VOCABULARY, make_model_folder, tiny_config
 

@@ -5,6 +5,7 @@ subclass; on the architectures and with the methods that it names.
 """
 
 import json
+import os
 
 import fire
 import pytest
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ditty import Data, Pipeline
 from ditty.runs.rundir import RunDir
+from tests import warm
 from tests.architectures import TRAINED
+from tests.scenarios import free_port
 from tests.tiny import make_model_folder, make_tokenizer
 
 WORDS = [f"def function_{i}(): return {'x + ' * (i % 6)}{i}" for i in range(40)]
@@ -136,6 +139,54 @@ def test_the_seeds_readme(model, code, home, tmp_path, method):
         trained = PeftModel.from_pretrained(base, final)
     seen = batches[:6]  # what was trained on
     assert mean_loss(trained.eval(), seen) < mean_loss(reference(model, method == "8bit"), seen)
+
+
+ON_TWO = {
+    "8bit": ["--quantization=int8", "--sharding=ddp"],
+    "fsdp_qlora": ["--quantization=nf4", "--sharding=fsdp2"],
+    "zero3": ["--adapter=none", "--sharding=zero3"],
+}
+
+
+def rank_of_two(rank, port, command):
+    """What `accelerate launch --num_processes 2` starts, here from processes with torch."""
+    number = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in number.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    fire.Fire(MyPipeline, command=command)
+
+
+@pytest.mark.parametrize(
+    "method", ["fsdp_qlora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("8bit", "zero3"))]
+)
+def test_the_seeds_readme_on_two_processes(code, tmp_path, method):
+    """The same batches a step as in one process, so the same losses; and transformers' result."""
+    folder = make_model_folder(tmp_path / "model", TRAINED["llama"])
+    flags = [f"--dataset_name={code}", f"--model_name_or_path={folder}", "--batch_size=1"]
+    flags += ["--max_steps=3", "--learning_rate=1e-3", "--precision=fp32"]
+    output, port = tmp_path / "output", free_port()
+    both = [*flags, f"--output_dir={tmp_path / 'two'}", "--grad_accum=2", *ON_TWO[method], "run"]
+    environment = {**os.environ, **warm.CPU_ONLY}
+    ranks = [
+        warm.start(rank_of_two, rank, port, both, output=output, environment=environment)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0], output.read_text()[-3000:]
+    alone = [*flags, f"--output_dir={tmp_path / 'one'}", "--grad_accum=4", *ON_TWO[method][:1]]
+    fire.Fire(MyPipeline, command=[*alone, "run"])
+    losses = {
+        name: [r["loss"] for r in RunDir(tmp_path / name).metrics() if r["kind"] == "train"]
+        for name in ("one", "two")
+    }
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-6) and len(losses["two"]) == 3
+    states = [json.loads(f.read_text()) for f in (tmp_path / "two").rglob("state.json")]
+    assert {state["world_size"] for state in states} == {2}
+    one, two = (load_file(*(tmp_path / n / "final").glob("*.safetensors")) for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_fire_shows_the_outcome_and_not_a_page_of_help(code, tmp_path, capsys):

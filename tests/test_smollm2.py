@@ -12,15 +12,18 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ditty.config.choices import Quantization
 from ditty.conversion.convert import convert_gguf
-from ditty.conversion.export import merge
-from ditty.conversion.ggufexport import FILE, write_gguf
+from ditty.conversion.ggufexport import FILE
 from ditty.data import read_rows
 from ditty.models.fp8 import loading_config
 from ditty.models.model import keep_4bit_weights
@@ -30,7 +33,6 @@ from ditty.runs.rundir import RunDir
 from tests.processes import ROOT, kill_when
 from tests.test_harness import write_quiz
 from tests.test_kills import adapter_hash
-from tests.test_merge import trained
 
 pytestmark = pytest.mark.slow
 
@@ -45,14 +47,17 @@ OVERRIDES = {
     "data.max_rows": 400,
     "data.eval_max_rows": 4,
 }
-COMMAND = (
-    "import sys; sys.argv = ['ditty', 'demo', *sys.argv[1:]]; "
-    "from flows.commands.cli import main; main()"
-)
+COMMAND = "from flows.commands.cli import main; main()"
 
 
-def start(home: Path, output: Path) -> "subprocess.Popen[bytes]":
-    arguments = [part for key, v in OVERRIDES.items() for part in ("--set", f"{key}={v}")]
+def start(
+    home: Path, output: Path, overrides: dict[str, Any] = OVERRIDES
+) -> "subprocess.Popen[bytes]":
+    sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+    return ditty(home, output, "demo", *sets)
+
+
+def ditty(home: Path, output: Path, *arguments: str) -> "subprocess.Popen[bytes]":
     with open(output, "ab") as file:
         return subprocess.Popen(
             [sys.executable, "-c", COMMAND, *arguments],
@@ -144,52 +149,48 @@ def test_logits_of_a_float8_base(tmp_path, capsys):
     assert divergence < 0.05 and abs(after / before - 1) < 0.015
 
 
-@torch.no_grad()
-def test_merged_and_gguf_write_the_same_text(tmp_path, monkeypatch, capsys):
-    """An adapter of the real model, exported both ways, both read by transformers; and the harness
-    runs on the merged one."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+def test_the_demo_exported_and_used(tmp_path, monkeypatch, capsys):
+    """`ditty demo`, shortened, and what its last lines and the README go on with."""
+    home, output = tmp_path / "home", tmp_path / "output"
+    small = {"train.max_steps": 8, "launch.device": "cpu", "launch.threads": 1}
+    assert start(home, output, small | {"data.max_rows": 400, "data.eval_max_rows": 4}).wait() == 0
+    for to, dtype in (("merged", ()), ("gguf", ()), ("gguf", ("--dtype", "q8_0"))):
+        out = str(tmp_path / "-".join([to, *dtype[1:]]))
+        command = ("export", "demo", "--to", to, "--out", out, *dtype)
+        assert ditty(home, output, *command).wait() == 0, output.read_text()
+    (base,) = (home / "store/fetch").glob("*")
+    texts = said(base, tmp_path)
+    with capsys.disabled():
+        print(f"\nSmolLM2, merged: {texts['merged']!r}")
+    assert texts["gguf"] == texts["merged"] != texts["base"]
+    small, large = ((tmp_path / n / FILE).stat().st_size for n in ("gguf-q8_0", "gguf"))
+    assert small < 0.55 * large
 
-    base, merged, file = (tmp_path / name for name in ("base", "merged", "file"))
-    for folder in (base, merged, file):
-        folder.mkdir()
-    convert_gguf(Path(smollm2(tmp_path)), base)
-    adapter = trained(base, tmp_path / "adapter", "attention", scale=0.01)
-    merge(base, adapter, merged)
-    write_gguf(merged, file, "SmolLM2")
-    unpacked = GgufConfig(gguf_file=FILE, dequantize=True)
-    models = {
-        "base": AutoModelForCausalLM.from_pretrained(base),
-        "merged": AutoModelForCausalLM.from_pretrained(merged),
-        "gguf": AutoModelForCausalLM.from_pretrained(
-            file, gguf_file=FILE, quantization_config=unpacked, dtype=torch.bfloat16
-        ),
-    }
-    tokenizers = {
-        "base": AutoTokenizer.from_pretrained(base),
-        "merged": AutoTokenizer.from_pretrained(merged),
-        "gguf": AutoTokenizer.from_pretrained(file, gguf_file=FILE),
-    }
-    question = [{"role": "user", "content": "What is a good name for a small dog, and why?"}]
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(write_quiz(tmp_path).parent)
+    known = TaskManager(include_defaults=False)
+    wrapped = HFLM(pretrained=str(tmp_path / "merged"), device="cpu")
+    scores = simple_evaluate(wrapped, tasks=["quiz.yaml"], task_manager=known)["results"]["quiz"]
+    with capsys.disabled():
+        print(f"the harness: {scores['acc,none']:.2f} of 12 questions")
+    assert 0 <= scores["acc,none"] <= 1
+
+
+@torch.no_grad()
+def said(base: Path, exports: Path) -> dict[str, str]:
+    """What the base model and its exports write, greedily, as transformers alone loads them."""
+    question = [
+        {"role": "user", "content": "Write the docstring of `def add(a, b): return a + b`."}
+    ]
     texts = {}
-    for name, model in models.items():
-        tokenizer = tokenizers[name]
+    for name, folder in {"base": base, **{n: exports / n for n in ("merged", "gguf")}}.items():
+        file = {"gguf_file": FILE} if name == "gguf" else {}
+        unpacked = {"quantization_config": GgufConfig(**file, dequantize=True)} if file else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, **file, **unpacked, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
         prompt = tokenizer.apply_chat_template(
             question, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         out = model.generate(**prompt, do_sample=False, max_new_tokens=24)
         texts[name] = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])
-    with capsys.disabled():
-        print(f"\nSmolLM2, merged: {texts['merged']!r}")
-    assert texts["gguf"] == texts["merged"] != texts["base"]
-
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(write_quiz(tmp_path).parent)
-    known = TaskManager(include_defaults=False)
-    wrapped = HFLM(pretrained=str(merged), device="cpu")
-    scores = simple_evaluate(wrapped, tasks=["quiz.yaml"], task_manager=known)["results"]["quiz"]
-    with capsys.disabled():
-        print(f"the harness: {scores['acc,none']:.2f} of 12 questions")
-    assert 0 <= scores["acc,none"] <= 1
+    return texts

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, initialization
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ditty.config.choices import Precision
 from ditty.config.spec import ModelSpec
@@ -15,6 +16,8 @@ from ditty.errors import ModelError
 from ditty.models import skeleton
 from ditty.models.model import load_base
 from ditty.models.weights import WeightFiles
+from ditty.pretrained.layernames import check_layers, of_tensors
+from ditty.pretrained.tensorfiles import headers
 from tests.architectures import BUILT, make, rewrite
 
 CPU = torch.device("cpu")
@@ -63,6 +66,21 @@ def test_the_same_weights_buffers_and_blocks_as_from_pretrained(folders, name):
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
     assert skeleton.blocks(model) == list(lists[0]) and len(lists[0]) == 2
     assert all(p.is_meta for p in model.parameters())  # and nothing was made up
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_each_layer_can_be_named_in_a_spec(folders, name):
+    """What the files are asked for, before there is a model, is no stricter than the model."""
+    layers = of_tensors(header.name for header in headers(folders[name]))
+    linear = [
+        name
+        for name, module in theirs(folders[name]).named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
+    ]
+    assert len(linear) > 5
+    for layer in linear:
+        check_layers(layers, [layer], [layer.rpartition(".")[2]])
+        check_layers(layers, layer.replace(".", r"\."), [])
 
 
 def test_what_a_model_keeps_in_fp32(folders, monkeypatch):

@@ -24,6 +24,29 @@ TEXT = [
 ] * 20
 
 
+def train_pieces(folder: Path) -> Path:
+    """sentencepiece's BPE with byte fallback, saved to `folder` as tokenizer.model alone."""
+    import json
+
+    import sentencepiece
+
+    with (folder / "tokenizer.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter("\n".join(TEXT).split("\n")),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=360,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHATML}
+    kind = {"tokenizer_class": "LlamaTokenizer", **named}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    return folder
+
+
 def train_tokenizer(
     folder: Path, template: str | None = CHATML, *, post: str | None = None, **special: Any
 ) -> Path:

@@ -119,6 +119,22 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
+class ExportDtype(StrEnum):
+    """Of the weights of a whole model that is exported; `q8_0` (8.5 bits a weight) and `q4_0` (4.5)
+    are llama.cpp's, for a .gguf file: blocks of 32 with one scale."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+
+    @property
+    def precision(self) -> Precision | None:
+        """It, where transformers has it too."""
+        return Precision(self.value) if self.value in set(Precision) else None
+
+
 class ActivationCheckpointing(StrEnum):
     """Which blocks compute their activations again in the backward pass: less memory, more work.
 

@@ -54,7 +54,8 @@ class ModelSpec(Section):
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout before the adapter."""
     target_modules: str | list[str] = "all-linear"
-    """`all-linear` (all but the head), or the names of layers that get an adapter."""
+    """`all-linear` (all but the head), the names of layers that get an adapter, or a regular
+    expression for their whole names."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Names of layers that are trained whole beside the adapter, e.g. lm_head, embed_tokens."""
     attention: Attention = Attention.PACKED
@@ -289,7 +290,7 @@ class EvaluateSpec(Section):
     """Held-out prompts that both complete (greedily), each `train.sample_max_tokens` at most."""
     tasks: list[str] = Field(default_factory=list)
     """Tasks of lm-evaluation-harness (the package lm_eval): names that it knows, or YAML files of
-    its format."""
+    its format. Each is measured once, whatever stands beside it."""
     tasks_limit: int | None = Field(default=None, ge=1)
     """Questions of each task, at most; all by default."""
     tasks_batch_size: int = Field(default=8, ge=1)

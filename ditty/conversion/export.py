@@ -22,7 +22,7 @@ from ditty.models.model import reason
 from ditty.models.skeleton import build_empty
 from ditty.models.weights import CheckpointNames, kept_in_fp32
 from ditty.pretrained.modelfolder import check_folder
-from ditty.quantization.quantplan import Header, headers
+from ditty.pretrained.tensorfiles import Header, headers
 from ditty.quantization.shards import (
     DTYPES,
     Parts,

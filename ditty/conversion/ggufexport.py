@@ -13,13 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGML_QUANT_VERSION,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    quants,
+)
 from gguf.tensor_mapping import TensorNameMap, get_tensor_name_map
 from safetensors import safe_open
 
+from ditty.config.choices import ExportDtype
+from ditty.conversion.ggufarch import Architecture, architecture_of, rope_factors, write_shape
 from ditty.conversion.ggufvocab import write_vocabulary
 from ditty.errors import ModelError
-from ditty.quantization.quantplan import Header, headers
+from ditty.pretrained.tensorfiles import Header, headers
 from ditty.quantization.shards import Progress, check_disk
 
 if TYPE_CHECKING:
@@ -27,23 +37,25 @@ if TYPE_CHECKING:
 
 FILE = "model.gguf"
 ROPE_FACTORS = "rope_freqs.weight"
-# transformers' class -> (llama.cpp's name, whether it has rows of query and key in another order)
-ARCHITECTURES = {
-    "LlamaForCausalLM": ("llama", True),
-    "MistralForCausalLM": ("llama", True),
-    "Qwen2ForCausalLM": ("qwen2", False),
-    "Qwen3ForCausalLM": ("qwen3", False),
-}
 TYPES = {
     "F32": GGMLQuantizationType.F32,
     "F16": GGMLQuantizationType.F16,
     "BF16": GGMLQuantizationType.BF16,
 }
-FILE_TYPES = {
-    "F32": LlamaFileType.ALL_F32,
-    "F16": LlamaFileType.MOSTLY_F16,
-    "BF16": LlamaFileType.MOSTLY_BF16,
+HALVES = {TYPES["F16"], TYPES["BF16"]}
+QUANTIZED = {
+    ExportDtype.Q8_0: GGMLQuantizationType.Q8_0,
+    ExportDtype.Q4_0: GGMLQuantizationType.Q4_0,
 }
+FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+}
+# Whose rows say most about the quality of what is written: 8 bits where the others have 4.
+ENDS = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -53,35 +65,37 @@ class Tensor:
     Attributes:
         name: llama.cpp's.
         source: the tensor of the folder that it comes from.
+        type: what it is in the file.
         heads: of query or key, where the rows of each head are put in another order; else None.
+        offset: what is added to each number.
     """
 
     name: str
     source: Header
+    type: GGMLQuantizationType
     heads: int | None
-
-    @property
-    def type(self) -> GGMLQuantizationType:
-        """Vectors are fp32 in llama.cpp, matrices what they are in the folder."""
-        return TYPES["F32" if len(self.source.shape) == 1 else self.source.dtype]
+    offset: int
 
     @property
     def bytes(self) -> int:
         """Its size in the file."""
-        return prod(self.source.shape) * (4 if self.type is GGMLQuantizationType.F32 else 2)
+        block, size = GGML_QUANT_SIZES[self.type]
+        return prod(self.source.shape) // block * size
 
     def make(self) -> np.ndarray:
-        """Its values; bf16, which numpy has not, as 16-bit integers."""
+        """Its values; bf16, which numpy has not, as 16-bit integers, quantized ones as bytes."""
         # Opened for each tensor: the pages of a mapping count as ours for as long as it is open.
         with safe_open(self.source.file, framework="pt") as file:
             value = file.get_tensor(self.source.name)
-            if self.type is GGMLQuantizationType.F32:
-                value = value.to(torch.float32)
+            if self.type not in HALVES:
+                value = value.to(torch.float32) + self.offset
             if self.heads is not None:
                 value = interleave(value, self.heads)
             value = value.clone(memory_format=torch.contiguous_format)
         if value.dtype == torch.bfloat16:
             value = value.view(torch.int16)
+        if self.type in QUANTIZED.values():
+            return quants.quantize(value.numpy(), self.type)
         return value.numpy()
 
 
@@ -100,6 +114,7 @@ def write_gguf(
     name: str,
     ends: Sequence[int] = (),
     *,
+    quantized: ExportDtype | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the unquantized model in `folder` as `FILE` into the existing folder `out`.
@@ -108,6 +123,7 @@ def write_gguf(
         folder: config.json, safetensors, tokenizer; perhaps generation_config.json.
         name: of the model, for people.
         ends: ids at which generation ends, besides those that the folder names.
+        quantized: a key of QUANTIZED, what the matrices become; None: they stay what they are.
         progress: called after each tensor with source bytes done, source bytes in all, and name.
     Returns:
         facts: architecture, weights (a count), bytes, and those of `write_vocabulary`.
@@ -119,58 +135,35 @@ def write_gguf(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    architecture, ordered = _architecture(config, folder)
-    tensors = list(_tensors(folder, config, architecture, ordered=ordered))
-    factors = _rope_factors(config)
+    architecture = architecture_of(config, folder)
+    to = QUANTIZED[quantized] if quantized else None
+    tensors = list(_tensors(folder, config, architecture, to))
+    factors = rope_factors(config)
     check_disk(out, sum(tensor.bytes for tensor in tensors))
-    writer = GGUFWriter(out / FILE, architecture)
+    writer = GGUFWriter(out / FILE, architecture.name)
     try:
         writer.add_name(name)
-        _write_shape(writer, config)
+        write_shape(writer, architecture, config)
         matrices = [t.source for t in tensors if len(t.source.shape) > 1]
-        writer.add_file_type(FILE_TYPES[max(matrix.dtype for matrix in matrices)])
+        writer.add_file_type(FILE_TYPES[to or TYPES[max(matrix.dtype for matrix in matrices)]])
+        if to is not None:
+            writer.add_quantization_version(GGML_QUANT_VERSION)
         facts = write_vocabulary(writer, folder, config.vocab_size, ends)
         _write_tensors(writer, tensors, factors, progress)
     finally:
         writer.close()
     weights = sum(prod(tensor.source.shape) for tensor in tensors)
     size = (out / FILE).stat().st_size
-    return {"architecture": architecture, "weights": weights, "bytes": size, **facts}
-
-
-def _architecture(config: "PretrainedConfig", folder: Path) -> tuple[str, bool]:
-    name = (config.architectures or [type(config).__name__])[0]
-    if name not in ARCHITECTURES:
-        raise ModelError(
-            f"ditty does not write {name} as .gguf, expected {', '.join(ARCHITECTURES)}. Use "
-            f"`--to merged`, and llama.cpp's own convert_hf_to_gguf.py on it ({folder})"
-        )
-    problem = next(_unsaid(config), None)
-    if problem:
-        raise ModelError(
-            f"a .gguf file of architecture {ARCHITECTURES[name][0]} cannot say that {problem} "
-            f"({folder / 'config.json'}): llama.cpp would compute something else. Use `--to merged`"
-        )
-    return ARCHITECTURES[name]
-
-
-def _unsaid(config: "PretrainedConfig") -> Iterator[str]:
-    """What the model does otherwise than llama.cpp would."""
-    if getattr(config, "quantization_config", None):
-        yield "its weights are quantized"
-    if config.hidden_act not in ("silu", "swish"):
-        yield f"hidden_act is {config.hidden_act}"
-    slides = getattr(config, "use_sliding_window", True)
-    if slides and getattr(config, "sliding_window", None):
-        yield f"attention slides over {config.sliding_window} tokens (sliding_window)"
-    if config.rope_parameters["rope_type"] not in ("default", "llama3"):
-        yield f"rope_type is {config.rope_parameters['rope_type']}"
+    return {"architecture": architecture.name, "weights": weights, "bytes": size, **facts}
 
 
 def _tensors(
-    folder: Path, config: "PretrainedConfig", architecture: str, *, ordered: bool
+    folder: Path,
+    config: "PretrainedConfig",
+    architecture: Architecture,
+    to: GGMLQuantizationType | None,
 ) -> Iterator[Tensor]:
-    names = _names(architecture, config.num_hidden_layers)
+    names = _names(architecture.name, config.num_hidden_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for header in headers(folder):
         if header.name == "lm_head.weight" and config.tie_word_embeddings:
@@ -181,43 +174,32 @@ def _tensors(
         if name is None or header.dtype not in TYPES:
             raise ModelError(
                 f"{header.name} ({header.dtype}) in {header.file} has no name in llama.cpp's "
-                f"{architecture}: use `--to merged`"
+                f"{architecture.name}: use `--to merged`"
             )
-        part = name.split(".")[-2]
-        yield Tensor(name, header, heads.get(part) if ordered else None)
+        yield Tensor(
+            name,
+            header,
+            _type(name, header, to),
+            heads.get(name.split(".")[-2]) if architecture.interleaved else None,
+            architecture.norm_offset if name.endswith("norm.weight") else 0,
+        )
+
+
+def _type(name: str, header: Header, to: GGMLQuantizationType | None) -> GGMLQuantizationType:
+    """Vectors are fp32 in llama.cpp, matrices what they are in the folder, or quantized.
+
+    Rows that are no whole number of blocks stay what they are.
+    """
+    if len(header.shape) == 1:
+        return TYPES["F32"]
+    if to is None or header.shape[-1] % GGML_QUANT_SIZES[to][0]:
+        return TYPES[header.dtype]
+    return QUANTIZED[ExportDtype.Q8_0] if name in ENDS else to
 
 
 def _names(architecture: str, layers: int) -> TensorNameMap:
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     return get_tensor_name_map(arch, layers)
-
-
-def _write_shape(writer: GGUFWriter, config: "PretrainedConfig") -> None:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-
-
-def _rope_factors(config: "PretrainedConfig") -> np.ndarray | None:
-    """By what each frequency of the rotary embedding is divided, fp32; None: by nothing."""
-    rope = config.rope_parameters
-    if rope["rope_type"] == "default":
-        return None
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
-    plain = rope["rope_theta"] ** -(torch.arange(len(scaled)) / len(scaled))
-    return (plain / scaled).to(torch.float32).numpy()
 
 
 def _write_tensors(

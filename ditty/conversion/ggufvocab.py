@@ -1,4 +1,5 @@
-"""A tokenizer as a .gguf file has it: tokens with their types, merges, special tokens, template.
+"""A tokenizer as a .gguf file has it: tokens with their types, merges or scores, special tokens,
+template.
 
 llama.cpp knows how to split a text by a name, so only tokenizers whose way of splitting has one can
 be written. Source: the GGUF specification (tokenizer.ggml.*), and the package gguf.
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
+from ditty.conversion import ggufpieces
 from ditty.errors import ModelError
 from ditty.results.package import generation_ends
 
@@ -50,41 +52,68 @@ def write_vocabulary(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    split = _split(tokenizer, folder)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{folder} has no tokenizer.json, and a .gguf file is made of one")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens, types = _tokens(tokenizer)
+    by_bytes = _splits_bytes(backend)
+    split = _split(backend, folder) if by_bytes else _check_pieces(backend, tokenizer, folder)
     if len(tokens) > size:
         raise ModelError(
             f"the tokenizer in {folder} has {len(tokens)} tokens and the model's embedding {size} "
             "rows: they do not belong together"
         )
     unused = range(len(tokens), size)
-    writer.add_tokenizer_model("gpt2")
+    tokens += [f"[PAD{i}]" for i in unused]
+    types += [TokenType.UNUSED for _ in unused]
+    writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
     writer.add_tokenizer_pre(split)
-    writer.add_token_list(tokens + [f"[PAD{i}]" for i in unused])
-    writer.add_token_types(types + [TokenType.UNUSED for _ in unused])
-    special = SpecialVocab(folder, load_merges=True, n_vocab=size)
+    writer.add_token_list(tokens)
+    if not by_bytes:
+        types, scores = ggufpieces.pieces(backend, tokenizer, types)
+        writer.add_token_scores(scores)
+        writer.add_add_space_prefix(bool(ggufpieces.space_before(backend)))
+    writer.add_token_types(types)
+    special = SpecialVocab(folder, load_merges=by_bytes, n_vocab=size)
     special.chat_template = tokenizer.chat_template
     special.add_special_token = _added_around(tokenizer)
     special.add_to_gguf(writer, quiet=True)
     _write_stop(writer, tokenizer, [*ends, *generation_ends(folder)])
-    return {"tokenizer": split, "tokens": len(tokens)}
+    return {"tokenizer": split, "tokens": len(tokens) - len(unused)}
 
 
-def _split(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> str:
-    """llama.cpp's name of how this tokenizer splits a text."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{folder} has no tokenizer.json, and a .gguf file is made of one")
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+def _splits_bytes(backend: dict[str, Any]) -> bool:
+    """Whether it is byte-level BPE, or else to be sentencepiece's."""
     steps = _steps(backend.get("pre_tokenizer"))
+    return BYTES in steps[-1]
+
+
+def _split(backend: dict[str, Any], folder: Path) -> str:
+    """llama.cpp's name of how a byte-level tokenizer splits a text."""
+    steps = _steps(backend["pre_tokenizer"])
     plain = backend["model"]["type"] == "BPE" and not backend["model"].get("byte_fallback")
     if not plain or steps not in SPLITS or not backend["model"]["merges"]:
-        raise ModelError(
-            f"ditty does not know llama.cpp's name of how the tokenizer in {folder} splits a text "
-            f"({backend['model']['type']}, {', '.join(steps) or 'no pre-tokenizer'}); it writes "
-            f"byte-level BPE with merges, split as by {', '.join(SPLITS.values())}. Use "
-            "`--to merged`, and llama.cpp's own convert_hf_to_gguf.py on it"
-        )
+        raise _unknown(folder, f"{backend['model']['type']}, {', '.join(steps)}")
     return SPLITS[steps]
+
+
+def _check_pieces(
+    backend: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", folder: Path
+) -> str:
+    """llama.cpp's name of sentencepiece's way; raise ModelError where it is not this."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if problem := ggufpieces.unlike(backend, added):
+        raise _unknown(folder, problem)
+    return "default"
+
+
+def _unknown(folder: Path, what: str) -> ModelError:
+    return ModelError(
+        f"ditty does not know llama.cpp's name of how the tokenizer in {folder} splits a text "
+        f"({what}); it writes byte-level BPE with merges, split as by "
+        f"{', '.join(SPLITS.values())}, and sentencepiece's BPE with byte fallback. Use `--to "
+        "merged`, and llama.cpp's own convert_hf_to_gguf.py on it"
+    )
 
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:

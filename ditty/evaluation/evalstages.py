@@ -61,18 +61,18 @@ def _exp(loss: float) -> float:
         return math.inf
 
 
-def runs_tasks(model_dir: Path, trained: Path | None, spec: RunSpec, device: str) -> Make:
-    """What lets the model answer `evaluate.tasks`; arguments as of `evaluates`."""
+def runs_task(model_dir: Path, trained: Path | None, task: str, spec: RunSpec, device: str) -> Make:
+    """What lets the model answer one of `evaluate.tasks`; arguments as of `evaluates`."""
 
     def make(out: Path) -> dict[str, Any]:
-        from ditty.evaluation.harness import run_tasks
+        from ditty.evaluation.harness import run_task
 
         world = single(device)
         module = load_trained(model_dir, trained, spec.model, spec.train, world.device)
         tokenizer = AutoTokenizer.from_pretrained(trained or model_dir, local_files_only=True)
         found: dict[str, Any] = {}
-        found |= run_tasks(module, tokenizer, spec.evaluate, spec.train.precision)
-        write_json(out / "tasks.json", found)
+        found |= run_task(module, tokenizer, task, spec.evaluate, spec.train.precision)
+        write_json(out / "scores.json", found)
         for name, value in found.items():
             log.info("%s %.4f", name, value)
         return found

@@ -21,18 +21,22 @@ from ditty.training.compiled import as_it_stands
 from ditty.training.evaluate import autocast
 
 
-def run_tasks(
+def run_task(
     module: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    task: str,
     evaluate: EvaluateSpec,
     precision: Precision,
 ) -> dict[str, float]:
-    """What the model scores: "task/metric" -> value, as the harness computes it.
+    """What the model scores in a task: "task/metric" -> value, as the harness computes it.
+
+    Of a group of tasks, in each.
 
     A metric of a filter other than the plain one is "task/metric,filter".
 
     Args:
         module: a transformers causal LM, or peft's wrapper of one.
+        task: a name, or a file.
     Raises:
         RunError: there is no such task, or it cannot be run (its data cannot be had).
     """
@@ -40,14 +44,11 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every argument unset
-    known = TaskManager(include_defaults=not all(map(is_file, evaluate.tasks)))
-    scores: dict[str, float] = {}
+    known = TaskManager(include_defaults=not is_file(task))
     model = base_model(module)
     with as_it_stands(), generating(model), autocast(model.device, precision):
         wrapped = HFLM(pretrained=module, tokenizer=tokenizer, batch_size=evaluate.tasks_batch_size)
-        for task in evaluate.tasks:
-            scores |= _scores(_run(task, wrapped, known, evaluate.tasks_limit))
-    return scores
+        return _scores(_run(task, wrapped, known, evaluate.tasks_limit))
 
 
 def _run(task: str, model: Any, known: Any, limit: int | None) -> dict[str, dict[str, Any]]:

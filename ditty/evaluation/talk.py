@@ -8,6 +8,7 @@ Each line of standard input is a message; both answer, each with its own answers
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,8 +21,6 @@ from transformers import AutoTokenizer
 from ditty.config.choices import Adapter, Device
 from ditty.config.spec import RunSpec
 from ditty.conversion.modelstages import base_folder, quantized_folder
-from ditty.distributed.load import load_trained
-from ditty.distributed.world import single
 from ditty.errors import DittyError, RunError
 from ditty.models.model import base_model
 from ditty.pretrained import basemodel
@@ -30,7 +29,6 @@ from ditty.results.package import taught_ends
 from ditty.runs.status import find_trained
 from ditty.stages import stageline
 from ditty.store.artifacts import Store, read_manifest
-from ditty.training.evaluate import autocast, generate
 
 RESET, QUIT = "/reset", "/quit"
 
@@ -70,6 +68,10 @@ def load(run: str, store: Store) -> tuple[list[Speaker], RunSpec, Path]:
         RunError: there is no such run, or its result or its base are not what they were.
         DittyError: the base model cannot be had.
     """
+    # Not above: bitsandbytes, below it, speaks as it is imported, and `main` tells it not to.
+    from ditty.distributed.load import load_trained
+    from ditty.distributed.world import single
+
     spec, trained = _result(run, store)
     base = basemodel.identify(spec.model.base_model, spec.model.revision)
     key = stageline.model_key(stageline.resolve_model(spec, store))
@@ -130,6 +132,8 @@ def talk(
 
 def answer(speaker: Speaker, manner: Manner, text: str) -> str:
     """What a speaker says next; without a chat template, how it goes on with the text."""
+    from ditty.training.evaluate import autocast, generate
+
     speaker.history.append({"role": "user", "content": text})
     tokenizer, model = manner.tokenizer, base_model(speaker.module)
     if tokenizer.chat_template:
@@ -156,6 +160,7 @@ def sampling(temperature: float) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Load, and answer each line; a user's mistake is a message and exit code 1."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # libraries to their callers, not to users
     run, max_tokens, temperature = arguments
     try:
         speakers, spec, folder = load(run, Store())

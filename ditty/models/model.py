@@ -12,6 +12,7 @@ from ditty.config.choices import Adapter, Attention, Precision, Quantization
 from ditty.config.spec import ModelSpec
 from ditty.errors import ModelError
 from ditty.models import attention, fp8
+from ditty.pretrained.layernames import check_layers
 from ditty.store.files import read_json, sha256_bytes, write_json
 
 DTYPES = {
@@ -93,7 +94,8 @@ def add_adapter(
     Args:
         empty: the adapter is left on the meta device, for a model that is there.
     Raises:
-        ModelError: `target_modules` or `modules_to_save` names no layer of this model.
+        SpecError: `target_modules` or `modules_to_save` names no layer of this model.
+        ModelError: peft cannot put an adapter beside one that they name.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -107,7 +109,8 @@ def add_adapter(
         use_dora=spec.adapter is Adapter.DORA,
         modules_to_save=spec.modules_to_save or None,
     )
-    _check_saved_modules(model, spec)
+    layers = [name for name, _ in model.named_modules()]
+    check_layers(layers, spec.target_modules, spec.modules_to_save)
     try:
         adapted = get_peft_model(model, config, low_cpu_mem_usage=empty)
     except ValueError as error:
@@ -132,17 +135,6 @@ def _start_adapter(adapted: torch.nn.Module, seed: int) -> None:
             if start is not None:
                 with torch.no_grad():
                     parameter.copy_(start)
-
-
-def _check_saved_modules(model: PreTrainedModel, spec: ModelSpec) -> None:
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for wanted in spec.modules_to_save:
-        if wanted.rpartition(".")[2] not in names:
-            heads = sorted(n for n in names if not n.isdigit())
-            raise ModelError(
-                f"model.modules_to_save names {wanted}, which this model has not; "
-                f"expected one of {', '.join(heads)}"
-            )
 
 
 def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor | None:

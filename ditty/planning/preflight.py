@@ -7,11 +7,12 @@ from collections.abc import Collection
 
 from pydantic import ValidationError
 
-from ditty.config.choices import Device, Engine, Quantization, Tracker
+from ditty.config.choices import Adapter, Device, Engine, Quantization, Tracker
 from ditty.config.dataspec import DataSpec
 from ditty.config.spec import RunSpec, TrainSpec
 from ditty.errors import RunMismatch, SpecError, StoreError, cut, install
-from ditty.pretrained import basemodel
+from ditty.pretrained import basemodel, layernames
+from ditty.pretrained.tensorfiles import headers
 from ditty.processes.environment import child_environment, resolve_device
 from ditty.runs.identity import GUARD_KEYS
 from ditty.runs.rundir import RunDir
@@ -162,9 +163,13 @@ def check_trackers(trackers: Collection[Tracker], variables: Collection[str]) ->
 
 def check_model(spec: RunSpec, line: stageline.StageLine) -> None:
     """Raise unless the base model, once it is here, fits the spec."""
-    if line.model_dir is not None:
-        quantize = spec.model.quantization is not Quantization.NONE
-        basemodel.check_folder(line.model_dir, spec.data.seq_len, quantize=quantize)
+    if line.model_dir is None:
+        return
+    quantize = spec.model.quantization is not Quantization.NONE
+    basemodel.check_folder(line.model_dir, spec.data.seq_len, quantize=quantize)
+    if spec.model.adapter is not Adapter.NONE:
+        layers = layernames.of_tensors(tensor.name for tensor in headers(line.model_dir))
+        layernames.check_layers(layers, spec.model.target_modules, spec.model.modules_to_save)
 
 
 def check_run(spec: RunSpec, store: Store) -> None:

@@ -61,7 +61,7 @@ def resolve(repo: str, revision: str | None = None) -> str:
             return remembered
         raise ModelError(
             f"{error}, and no complete snapshot of its revision {revision or 'main'} is in the "
-            f"local cache ({_cache()}). Give a folder or a .gguf file as model.base_model, or "
+            f"local cache ({_cache()}). Name a folder or a .gguf file in its place, or "
             f"connect this machine to the hub{_nearest_hint(repo)}"
         ) from error
 

@@ -111,6 +111,21 @@ def identify(task: str) -> dict[str, Any]:
     return {"name": content["task"], "files": named}
 
 
+def identified(tasks: Collection[str], identity: dict[str, Any]) -> str:
+    """The task of that identity.
+
+    Raises:
+        SpecError: its files have changed meanwhile.
+    """
+    for task in tasks:
+        if identify(task) == identity:
+            return task
+    raise SpecError(
+        f"evaluate.tasks: the files of task {identity['name']} have changed since it was planned: "
+        "run the same command again"
+    )
+
+
 def _called(file: Path, folder: Path) -> str:
     """Its name in a key: wherever things lie on this machine, a module is called alike."""
     places = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ditty.config.choices import OnAnomaly, OperationMethod, Precision, Quantization
+from ditty.config.choices import ExportDtype, OnAnomaly, OperationMethod, Precision, Quantization
 from ditty.config.dataspec import DataSpec, Operation
 from ditty.config.spec import RunSpec
 from ditty.dataset import functions, sources
@@ -270,23 +270,27 @@ def evaluate_ref(spec: RunSpec, pack_key: str, model_key: str, trained: str | No
     return make_ref("evaluate", title, inputs)
 
 
-def harness_ref(spec: RunSpec, model_key: str, trained: str | None) -> StageRef:
-    """The stage that runs the tasks of `evaluate.tasks`; arguments as of `evaluate_ref`.
+def harness_refs(spec: RunSpec, model_key: str, trained: str | None) -> list[StageRef]:
+    """The stages that run a task of `evaluate.tasks` each; arguments as of `evaluate_ref`.
 
     Raises:
         SpecError: the harness is not installed, or a task's file cannot be read.
     """
-    inputs: dict[str, Any] = {
-        "model": model_key,
-        "precision": spec.train.precision.value,
-        "attention": spec.model.attention.value,
-        "tasks": [evaltasks.identify(task) for task in spec.evaluate.tasks],
-        "limit": spec.evaluate.tasks_limit,
-        "lm_eval": evaltasks.version(),
-    }
-    if trained:
-        inputs["train"] = trained
-    return make_ref("harness", f"tasks of {trained[:8] if trained else 'the base model'}", inputs)
+    of = trained[:8] if trained else "the base model"
+    refs = []
+    for task in spec.evaluate.tasks:
+        inputs: dict[str, Any] = {
+            "model": model_key,
+            "precision": spec.train.precision.value,
+            "attention": spec.model.attention.value,
+            "task": evaltasks.identify(task),
+            "limit": spec.evaluate.tasks_limit,
+            "lm_eval": evaltasks.version(),
+        }
+        if trained:
+            inputs["train"] = trained
+        refs.append(make_ref("harness", f"task {inputs['task']['name']} of {of}", inputs))
+    return refs
 
 
 def merge_ref(trained: str, model_key: str | None, dtype: str | None = None) -> StageRef:
@@ -303,15 +307,20 @@ def merge_ref(trained: str, model_key: str | None, dtype: str | None = None) -> 
     return make_ref("merge", title, inputs)
 
 
-def gguf_ref(made: StageRef, name: str, ends: list[int]) -> StageRef:
+def gguf_ref(
+    made: StageRef, name: str, ends: list[int], quantized: ExportDtype | None = None
+) -> StageRef:
     """The stage that writes a whole model as a .gguf file.
 
     Args:
         made: a training of all weights, or a merge.
         name: of the model, in the file.
         ends: ids of the tokens with which the model has learned to end, besides those it has.
+        quantized: llama.cpp's type of the matrices; None: that of the model.
     """
-    inputs = {made.stage: made.key, "name": name, "ends": ends}
+    inputs: dict[str, Any] = {made.stage: made.key, "name": name, "ends": ends}
+    if quantized:
+        inputs |= {"quantized": quantized.value, "gguf": metadata.version("gguf")}
     return make_ref("gguf", f"write {made.key[:8]} as .gguf", inputs)
 
 

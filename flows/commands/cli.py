@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ditty.config.choices import ExportTo, Precision, Quantization
+from ditty.config.choices import ExportDtype, ExportTo, Precision, Quantization
 from ditty.config.gates import measures
 from ditty.config.spec import RunSpec
 from ditty.config.specfile import load_spec
@@ -132,8 +132,11 @@ def export(
         typer.Option(help="A folder that is made, s3://bucket/prefix/name, or hub:ORG/NAME."),
     ] = None,
     dtype: Annotated[
-        Precision | None,
-        typer.Option(help="Of a whole model's weights; without it, that of the base."),
+        ExportDtype | None,
+        typer.Option(
+            help="Of a whole model's weights; without it, that of the base. q8_0, q4_0: a .gguf "
+            "file's, quantized."
+        ),
     ] = None,
     license: Annotated[
         str | None, typer.Option(help="For the card; without it, that of a local base model.")
