@@ -191,6 +191,22 @@ def test_unreachable_endpoint_is_given_up(
     assert "canary" not in "".join(traceback.format_exception(caught.value)).lower()
 
 
+def test_patience_ends_by_its_tries_and_by_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands while nobody waits."""
+    now = [0.0]
+    monkeypatch.setattr(s3.time, "monotonic", lambda: now[0])
+
+    def tries(patience: Patience) -> int:
+        began, count = now[0], 0
+        for wait in patience.waits():
+            now[0], count = now[0] + wait, count + 1
+        assert now[0] - began <= patience.total_s
+        return count
+
+    assert tries(Patience(attempts=4, first_wait_s=1, longest_wait_s=1, total_s=1000)) == 3
+    assert 10 <= tries(Patience(attempts=1000, first_wait_s=1, longest_wait_s=1, total_s=10)) <= 20
+
+
 def test_no_secret_is_printed(s3_env: pytest.MonkeyPatch) -> None:
     secret, key = os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]
     said = scrub(f"GET http://user:pass@host/x as {key} with {secret} failed")
