@@ -115,7 +115,7 @@ def test_a_refusal_is_never_taken_for_nothing_there(
         assert type(caught.value) is error
         assert caught.value.retryable == (status == 500)
         assert bucket.name in str(caught.value) and "canary" not in str(caught.value).lower()
-    figure(f"{code}: false fresh starts 0 of 2")
+    figure(f"moto, {code}: false fresh starts 0 of 2")
 
 
 def test_denied_says_so_whatever_was_asked(proxy: FaultProxy, bucket, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_refused_in_the_middle_of_an_upload(
     with pytest.raises(RemoteDenied, match="look at .*empty.*403"):
         remote.put(committed(tmp_path / "source2"), NAME)
     assert remote.names() == []
-    figure("expired midway: said, nothing committed")
+    figure("moto, expired midway: said, nothing committed")
 
 
 def test_a_listing_is_read_to_its_last_page(
