@@ -19,7 +19,7 @@ from typing import Any
 
 from ditty.config.choices import ExportDtype, FinalWeights
 from ditty.config.spec import RunSpec
-from ditty.errors import LESS_MEMORY, DittyError, OutOfMemory, Preempted, RunBusy, RunError
+from ditty.errors import LESS_MEMORY, Crashed, DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.processes.signals import show_stack_when_asked
 from ditty.runs.rundir import Result, RunDir, Status, write_result
 from ditty.store.artifacts import Make, Store
@@ -342,11 +342,15 @@ def explain(error: BaseException) -> Result:
         return Result(Status.FAILED, kind=name, message=str(error), retryable=error.retryable)
     text = "".join(traceback.format_exception_only(error)).strip()
     # A lost peer or a full network buffer passes; a bug does not.
-    passing = isinstance(error, ConnectionError | TimeoutError) or any(
+    lost = any(
         word in text
         for word in ("NCCL", "gloo", "Connection closed by peer", "Broken pipe", "distributed.Dist")
     )
-    return Result(Status.FAILED, kind=type(error).__name__, message=text, retryable=passing)
+    passing = lost or isinstance(error, ConnectionError | TimeoutError)
+    # Where all peers are on this machine, the lost one has crashed on it.
+    here = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+    kind = Crashed.__name__ if lost and here else type(error).__name__
+    return Result(Status.FAILED, kind=kind, message=text, retryable=passing)
 
 
 def _out_of_memory(error: BaseException) -> bool:

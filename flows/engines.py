@@ -29,7 +29,7 @@ from ditty.stages.datashards import ShardWork
 from ditty.stages.stageline import StageRef
 from ditty.store.artifacts import Manifest
 from flows.caching import Reference, reference
-from flows.training import passing
+from flows.retries import passing
 
 ALIVE_SECONDS = 1.0  # between two looks at whether the flow's process is there
 LOST_WORKERS = 3  # that a shard may cost before it is the one to blame, as with Dask

@@ -99,6 +99,8 @@ def begin(spec: RunSpec, run: RunDir) -> None:
     try:
         if not run.spec_file.exists() or (alone and not run.has_trained()):
             write_json(run.spec_file, spec.model_dump(mode="json"))
+        if alone:
+            run.clear_half_written()
     finally:
         if alone:
             lock.release()

@@ -15,6 +15,7 @@ from ditty.processes import launch
 from ditty.results import hubpush
 from ditty.results import package as packages
 from ditty.results.promotion import InPlace, Promotions
+from ditty.runs.rundir import RunDir
 from ditty.stages import datastages, share
 from ditty.stages.stageline import StageLine, StageRef
 from ditty.store.artifacts import MANIFEST, Manifest, Store, read_manifest
@@ -24,8 +25,9 @@ from flows.caching import Reference, cached, reference
 from flows.commands.progress import Event, EventState, emit
 from flows.engines import run_shards
 from flows.pages.costs import StageBook
+from flows.retries import Budget
 from flows.slot import training_slot
-from flows.training import Work, passing, retry_delays, run_attempt
+from flows.training import Work, run_attempt
 
 TOKEN_BLOCK = "hf-token"  # noqa: S105  # the name of a Secret block of Prefect's
 
@@ -199,12 +201,8 @@ class Caller:
         emit(Event(ref.title, EventState.CACHED))
 
     def _retrying(self, stage_task: Task[Any, Any], ref: StageRef) -> Task[Any, Any]:
-        return stage_task.with_options(
-            name=ref.stage,
-            retries=self.spec.launch.retries,
-            retry_delay_seconds=retry_delays(self.spec) or 0,
-            retry_condition_fn=passing,
-        )
+        budget = Budget(self.spec.launch, RunDir.named(self.spec.name, self.store.home))
+        return budget.given_to(stage_task.with_options(name=ref.stage))
 
     def _call(self, stage_task: Task[Any, Any], ref: StageRef, args: tuple[Any, ...]) -> Any:
         emit(Event(ref.title, EventState.STARTED))

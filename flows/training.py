@@ -1,4 +1,4 @@
-"""The policy of training: attempts, retries, what is reported meanwhile, and when to give up."""
+"""The policy of training: attempts, what is reported meanwhile, and when to give up."""
 
 import contextvars
 import threading
@@ -136,16 +136,6 @@ def judge_crash(error: Crashed, attempt: Path, run: RunDir) -> None:
             f"{error}\nIt crashed before without getting past step {step}, the last checkpoint: "
             "not tried again. If the machine ran out of memory, lower train.micro_batch_size",
         )
-
-
-def passing(task: Any, task_run: Any, state: Any) -> bool:
-    """Prefect's `retry_condition_fn`: could an identical attempt succeed?"""
-    return getattr(state.result(raise_on_failure=False), "retryable", False)
-
-
-def retry_delays(spec: RunSpec) -> list[float]:
-    """Seconds before each retry, doubling; Prefect repeats the last one."""
-    return [spec.launch.retry_delay_seconds * 2**n for n in range(min(spec.launch.retries, 10))]
 
 
 class Reporter:

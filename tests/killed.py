@@ -1,13 +1,10 @@
 """Work that is killed at each fail point in turn, and then done again, after one import.
 
-A work is what one process does between two states of a home: the data stages, quantizing,
-training, copying to a target and back. For each, an undisturbed process writes down the points that
-it passes; then, from the same start, one process after the other dies at one of them, and another
-one follows.
+The works: tests/works.py. For each, an undisturbed process writes down the points that it passes;
+then, from the same start, one process after the other dies at one of them, and another one follows.
 """
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -18,153 +15,16 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from ditty.config.spec import RunSpec
 from ditty.errors import ArtifactDamaged
 from ditty.failpoints import LOG_VARIABLE, VARIABLE
-from ditty.runs.rundir import RunDir
-from ditty.stages import datastages, stageline
-from ditty.store.artifacts import MANIFEST, Store, verify
-from ditty.store.files import locked, read_json, sha256_file, write_json
-from ditty.store.remote import PROBE, Remote, final_name
+from ditty.store.artifacts import MANIFEST, verify
+from ditty.store.files import read_json, sha256_file, write_json
+from ditty.store.remote import PROBE, Remote
 from tests import warm
-from tests.scenarios import Spy, free_port
+from tests.scenarios import free_port
+from tests.works import STEPS, WORKS, Place
 
-STEPS = 3  # keep_checkpoints + 1: the last save removes the first
 LEFT = re.compile(r"\.(tmp|part|bad)-.*|\..*\.tmp")
-
-log = logging.getLogger(__name__)
-
-
-class Place:
-    """A home, and what is done there.
-
-    Args:
-        inputs: holds rows.jsonl and model/.
-        s3: `s3://bucket` of the copies; none: a folder in the home.
-        ranks: processes that do it together.
-    """
-
-    def __init__(self, inputs: Path, home: Path, s3: str | None = None, ranks: int = 1):
-        self.inputs, self.home, self.ranks = inputs, home, ranks
-        self.store = Store(home / "ditty")
-        self.url = f"{s3}/{home.parent.name}" if s3 else (home / "target").as_uri()
-
-    @property
-    def spec(self) -> RunSpec:
-        """A run whose every step is a checkpoint, and whose dropout shows what the RNG did."""
-        return RunSpec.model_validate(
-            {
-                "name": "killed",
-                "data": {
-                    "source": str(self.inputs / "rows.jsonl"), "seq_len": 64, "eval_max_rows": 2,
-                },
-                "model": {
-                    "base_model": str(self.inputs / "model"), "quantization": "nf4", "lora_r": 2,
-                    "lora_dropout": 0.1, "attention": "sdpa",
-                },
-                "train": {
-                    "max_steps": STEPS, "precision": "fp32", "save_steps": 1, "num_samples": 1,
-                    "gradient_accumulation_steps": 1, "sample_max_tokens": 1,
-                },
-                "launch": {"device": "cpu", "threads": 1, "num_processes": self.ranks},
-            }
-        )  # fmt: skip
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir.named(self.spec.name, self.store.home)
-
-    def line(self) -> stageline.StageLine:
-        return stageline.resolve(self.spec, self.store)
-
-
-def make_data(place: Place) -> None:
-    """The data stages."""
-    line = place.line()
-    for ref in line.data():
-        with locked(place.store.lock(ref.stage, ref.key).path):
-            datastages.build_data(ref, line, place.spec, place.store)
-
-
-def quantize(place: Place) -> None:
-    """The stage that a killed process's heir goes on with."""
-    _worker(place, "prequantize", place.inputs / "model")
-
-
-def train(place: Place) -> None:
-    """A whole training by the worker, its checkpoints, and its result."""
-    import ditty.training.feed
-
-    packed_feed = ditty.training.feed.packed_feed
-
-    def spied(*args: Any) -> Spy:
-        spy = Spy(packed_feed(*args), {})
-        spy.seen = _Written(place.home / f"rows-of-rank-{os.environ.get('RANK', 0)}")
-        return spy
-
-    ditty.training.feed.packed_feed = spied
-    ref = place.line().need("prequantize")
-    _worker(place, "train", place.store.path(ref.stage, ref.key))
-
-
-def copy(place: Place) -> None:
-    """Checkpoint and result to the target, and from there to another machine."""
-    from ditty.runs.lease import hold
-    from flows.mirror import Mirror, fetch_newer, fetch_result
-
-    remote, ref = Remote(place.url), place.line().need("train")
-    remote.check()
-    if not remote.names():
-        older = place.run.checkpoint(STEPS - 1)
-        remote.put(older, f"killed/checkpoints/{older.name}")
-    with hold(place.run, remote) as lease:
-        assert lease is not None
-        with Mirror(place.run, lease, 1, log):
-            pass  # it copies the newest before it leaves, and removes the older one
-    remote.put(place.store.path(ref.stage, ref.key), final_name("killed", ref.key))
-    other = Place(place.inputs, place.home / "other")
-    fetch_newer(other.run, remote, ref.inputs, log)
-    other.run.clear_unfinished()  # as the training does that follows
-    with locked(other.store.lock(ref.stage, ref.key).path):
-        fetch_result(other.store, remote, "killed", ref.key, log)
-    remote.delete(final_name("killed", ref.key))
-
-
-WORKS: dict[str, Callable[[Place], None]] = {
-    work.__name__: work for work in (make_data, quantize, train, copy)
-}
-
-
-class _Written(dict[int, list[int]]):
-    """Rows by step, in a file that outlives us."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __setitem__(self, step: int, rows: list[int]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps([step, rows]) + "\n")
-
-
-def _worker(place: Place, stage: str, model_dir: Path) -> None:
-    from ditty import worker
-
-    line = place.line()
-    ref, pack = line.need(stage), line.need("pack")
-    attempt = place.run.attempts(stage)[-1]
-    job = {
-        "home": str(place.store.home),
-        "spec": place.spec.model_dump(mode="json"),
-        "key": ref.key,
-        "inputs": ref.inputs,
-        "model_dir": str(model_dir),
-        "data_dir": str(place.store.path(pack.stage, pack.key)),
-        "device": "cpu",
-    }
-    temporary = attempt / f"job-{os.getpid()}"  # each rank writes it, the same
-    temporary.write_text(json.dumps(job))
-    temporary.replace(attempt / "job.json")
-    assert worker.main([stage, str(attempt)]) == 0, (attempt / "result.json").read_text()
 
 
 def outcome(place: Place) -> dict[str, Any]:
@@ -195,7 +55,10 @@ def _whoever(path: str) -> str:
 
 def _counts(path: Path) -> bool:
     # Manifests say when; attempts, locks and what only grows are other each time.
-    return path.name != MANIFEST and ("store" in path.parts or "checkpoints" in path.parts)
+    if path.name == MANIFEST or LEFT.fullmatch(path.name):
+        return False
+    kept = {"store", "checkpoints", "promoted"} & {*path.parts}
+    return bool(kept) or path.name in ("spec.json", "trained.json")
 
 
 def _rows_of_steps(place: Place) -> list[tuple[int, int, list[int]]]:
@@ -232,7 +95,8 @@ def left_behind(place: Place) -> list[str]:
     committed = [m.parent for m in place.home.rglob(MANIFEST)]
     # The newest object of a lease stays: no epoch is used twice.
     committed += sorted((place.home / "target/killed/lease").glob("*.json"))[-1:]
-    for root in ("ditty/store", "ditty/runs/killed/checkpoints", "target"):
+    roots = ("ditty/store", "ditty/promoted", "ditty/runs/killed/checkpoints", "target")
+    for root in roots:
         for path in (place.home / root).rglob("*"):
             owned = any(path.is_relative_to(c) for c in committed)
             if path.is_file() and not owned and not _of_probe(path):
@@ -241,7 +105,7 @@ def left_behind(place: Place) -> list[str]:
 
 
 def _of_probe(path: Path) -> bool:
-    return path.parent.name == "target"  # what a killed one leaves goes after an hour
+    return path.parent.name in ("target", "promoted")  # what a killed one leaves goes after an hour
 
 
 def ends(

@@ -4,6 +4,8 @@
     python -m tests.reliability FIGURES          print it from what runs of pytest have left
     pytest --figures=FIGURES ...                 leave the figures of these tests in a file
 
+The S3 rows have figures of moto, and where `weed` is installed (tests/seaweed.py) of SeaweedFS too.
+
 A test of a row has the mark `fault("row")`, and says its figure to the fixture `figure`. A row that
 no test gave a figure is said to have none, and the exit code is 1.
 """

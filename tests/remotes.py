@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,9 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from ditty.errors import RunBusy
+from ditty.runs import lease as leases
+from ditty.runs.lease import Lease, newest, take
 from ditty.store.artifacts import MANIFEST, commit_dir
 from ditty.store.remote import Remote
 from ditty.store.s3 import Patience
@@ -160,3 +165,35 @@ def kill_between_objects(proxy: FaultProxy, remote: Remote, source: Path) -> int
     remote.get(NAME, source.with_name("copied back"))
     assert contents(source.with_name("copied back")) == contents(source)
     return len(held)
+
+
+RACERS = 20
+
+
+def race_for_a_name(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All have looked before the first one writes; and again when that lease has run out."""
+    assert newest(remote, "demo") is None  # and the client is made once, not by each thread
+    counting, all_have_looked = leases.counting, threading.Barrier(RACERS)
+
+    def together(*args: object) -> list[str]:
+        all_have_looked.wait(30)
+        return counting(*args)  # type: ignore[arg-type]
+
+    def racer(name: str) -> Lease | RunBusy:
+        try:
+            return take(remote, "demo", name, f"/{name}")
+        except RunBusy as error:
+            return error
+
+    monkeypatch.setattr(leases, "counting", together)
+    for epoch in (1, 2):
+        monkeypatch.setattr(leases, "LEASE_SECONDS", 60.0 if epoch == 2 else -1.0)
+        with ThreadPoolExecutor(RACERS) as pool:
+            results = list(pool.map(racer, [f"machine-{n}" for n in range(RACERS)]))
+        winners = [r for r in results if isinstance(r, Lease)]
+        assert len(winners) == 1 and winners[0].claim.epoch == epoch
+        losers = [str(r) for r in results if isinstance(r, RunBusy)]
+        assert len(losers) == RACERS - 1
+        assert all(f"/{winners[0].claim.holder})" in text for text in losers)
+    assert newest(remote, "demo") == winners[0].claim
+    return f"{RACERS} racers for a name, free and run out: winners 1 and 1"

@@ -19,7 +19,7 @@ QUIET = [
     "-master.telemetry=false",
     "-master.electionTimeout=1s",
     "-master.volumeSizeLimitMB=256",
-    "-volume.max=100",
+    "-volume.max=400",
     "-volume.minFreeSpace=1GiB",
     "-volume.preStopSeconds=0",
     "-s3.port.iceberg=0",
@@ -52,29 +52,29 @@ class Seaweed:
         self.folder = folder
         self.ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         self.url = f"http://127.0.0.1:{self.ports['s3.port']}"
+        # Unix sockets have short paths: pytest's folders may be too deep for them.
+        self.sockets = f"ditty-{secrets.token_hex(8)}"
         self.keys = (f"ci{secrets.token_hex(8)}", secrets.token_hex(20))
         self.read_only_keys = (f"ro{secrets.token_hex(8)}", secrets.token_hex(20))
         self.process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True)
-        users = [
-            _user("writer", self.keys, ["Admin", "Read", "Write", "List", "Tagging"]),
-            _user("reader", self.read_only_keys, ["Read", "List"]),
-        ]
-        (folder / "s3.json").write_text(json.dumps({"identities": users}))
+        self._write_users()
 
     def start(self, seconds: float = 60) -> None:
         """Start the server and wait until its S3 side answers."""
         ports = [f"-{name}={port}" for name, port in self.ports.items()]
-        # Unix sockets have short paths: pytest's folders may be too deep for them.
-        sockets = [f"-{kind}.localSocket=/tmp/{self.keys[0]}-{kind}" for kind in ("filer", "s3")]
+        sockets = [f"-{kind}.localSocket=/tmp/{self.sockets}-{kind}" for kind in ("filer", "s3")]
         where = [f"-dir={self.folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         config = ["-filer", "-s3", f"-s3.config={self.folder}/s3.json"]
+        # Keys that it finds there may do everything, whatever its own list says.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [weed(), "-logtostderr=true", "server", *where, *config, *ports, *sockets, *QUIET],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
+                env=env,
             )
         end = time.monotonic() + seconds
         while not self._answers():
@@ -88,14 +88,28 @@ class Seaweed:
         self.process.kill()
         self.process.wait()
 
+    def change_keys(self) -> None:
+        """Restart it with other `keys`: the ones before are nobody's."""
+        self.keys = (f"ci{secrets.token_hex(8)}", secrets.token_hex(20))
+        self._write_users()
+        self.kill()
+        self.start()
+
     def remove(self) -> None:
         """End the server and remove what it leaves outside its folder."""
         self.kill()
-        leftovers = [f"{self.keys[0]}-filer", f"{self.keys[0]}-s3"]
+        leftovers = [f"{self.sockets}-filer", f"{self.sockets}-s3"]
         leftovers += [f"seaweedfs-*-grpc-{port}.sock" for port in self.ports.values()]
         for pattern in leftovers:
             for path in Path("/tmp").glob(pattern):
                 path.unlink(missing_ok=True)
+
+    def _write_users(self) -> None:
+        users = [
+            _user("writer", self.keys, ["Admin", "Read", "Write", "List", "Tagging"]),
+            _user("reader", self.read_only_keys, ["Read", "List"]),
+        ]
+        (self.folder / "s3.json").write_text(json.dumps({"identities": users}))
 
     def _answers(self) -> bool:
         try:

@@ -42,6 +42,29 @@ def test_failed_stage_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_all_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    """By what the kernel is asked for: a power cut after the rename loses nothing."""
+    acts, fsync, rename = [], os.fsync, os.rename
+
+    def synced(fd):
+        fsync(fd)
+        acts.append(Path(f"/proc/self/fd/{fd}").readlink())
+
+    def renamed(old, new):
+        acts.append((Path(old), Path(new)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    with commit_dir(tmp_path / "a", {}) as staging:
+        (staging / "sub").mkdir()
+        (staging / "sub/x").write_text("content")
+    *before, manifest, directory, appears, parent = acts
+    assert {staging / "sub", staging / "sub/x", manifest[0]} == {*before}
+    assert manifest[1] == staging / MANIFEST and directory == staging
+    assert appears == (staging, tmp_path / "a") and parent == tmp_path
+
+
 def test_digest_depends_on_content_alone(tmp_path):
     one, two = make(tmp_path / "a", x="1"), make(tmp_path / "b", x="1")
     three = make(tmp_path / "c", x="2")

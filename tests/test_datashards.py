@@ -449,9 +449,11 @@ def test_shards_that_nobody_went_on_with_are_removed(place: Path, home: Path) ->
     for shard in old | running:
         os.utime(shard / "manifest.json", (time.time() - 90_000,) * 2)
     key = stageline.resolve(spec_of(place, seq_len=40), store).need("tokenize").key
-    with locked(store.lock("tokenize", key).path):
+    half, living = (home / f"store/shard/.tmp-{shard * 64}-0123456789ab" for shard in "de")
+    half.mkdir(), living.mkdir()
+    with locked(store.lock("tokenize", key).path), locked(store.lock("shard", "e" * 64).path):
         made(spec_of(place, shards=2), store)
-    assert len(old) == 2 and set((home / "store" / "shard").iterdir()) == running | new
+    assert len(old) == 2 and set((home / "store/shard").iterdir()) == running | new | {living}
 
 
 @pytest.mark.parametrize("shards", [1, 3])

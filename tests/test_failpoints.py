@@ -21,7 +21,6 @@ from tests.remotes import bucket, moto_url, s3_env  # noqa: F401
 from tests.tiny import make_model_folder
 
 KILLED = -9
-WORKS = ("make_data", "quantize", "train", "copy")
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +105,13 @@ def test_killed_at_a_spread_of_points(
     figure: Callable[[str], None],
 ) -> None:
     turns: list[dict[str, Any]] = [
+        {"work": "shards", "only": "(rename|remove) shard"},
         {"work": "make_data", "every": 4, "keep": True},
         {"work": "quantize", "every": 4, "keep": True},
         {"work": "train", "ranks": 2, "rank": 1, "only": "barrier aside"},
         {"work": "train", "every": 3, "keep": True},
+        {"work": "promote", "every": 8},
+        {"work": "launching", "every": 4},
         {"work": "copy", "s3": f"s3://{bucket.name}", "only": "put|delete", "every": 3},
         {"work": "copy", "every": 6},
     ]
@@ -132,11 +134,14 @@ def test_killed_at_every_point(
 ) -> None:
     """About 350 kills: every point of one process, one of each kind of two."""
     turns: list[dict[str, Any]] = [
+        {"work": "shards", "all": True, "only": "shard|tokenize"},
         {"work": "make_data", "all": True, "keep": True},
         {"work": "quantize", "all": True, "keep": True},
         {"work": "train", "ranks": 2, "rank": 0},
         {"work": "train", "ranks": 2, "rank": 1},
         {"work": "train", "all": True, "keep": True},
+        {"work": "promote", "all": True},
+        {"work": "launching", "all": True},
         {"work": "copy", "all": True, "s3": f"s3://{bucket.name}"},
         {"work": "copy", "all": True},
     ]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from ditty.config.spec import RunSpec
 from ditty.config.specfile import load_spec, parse_spec
-from ditty.errors import ArtifactDamaged, DittyError, SpecError
+from ditty.errors import ArtifactDamaged, DittyError, RunError, SpecError
 from ditty.runs.rundir import RunDir, best_step
 from ditty.store.artifacts import MANIFEST, Manifest, read_manifest, verify
 from ditty.store.files import sha256_bytes
@@ -134,6 +134,12 @@ def test_a_spec_with_a_mistake(value: Any) -> None:
 @given(st.dictionaries(st.sampled_from([*RunSpec.model_fields, "x"]), VALUES))
 def test_a_spec_of_anything(value: Any) -> None:
     taken_or_refused(value)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_run_is_named_by_no_path(name: str) -> None:
+    with pytest.raises(RunError, match="is no run name"):
+        RunDir.named(name)
 
 
 @FUZZ

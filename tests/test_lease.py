@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,9 @@ from ditty.store.remote import Remote
 from flows import mirror
 from flows.mirror import Mirror, fetch_newer, remote_checkpoints
 from tests.faultproxy import Fault, FaultProxy
-from tests.remotes import QUICK, bucket, moto_url, proxy, s3_env  # noqa: F401
+from tests.remotes import QUICK, bucket, moto_url, proxy, race_for_a_name, s3_env  # noqa: F401
 
 LOG = logging.getLogger("test")
-RACERS = 20
 IDENTITY = {"test": "same"}
 
 
@@ -46,41 +44,12 @@ def taken(remote: Remote, holder: str) -> Lease:
     return take(remote, "demo", holder, f"/{holder}")
 
 
-def race(remote: Remote, names: list[str]) -> list[Lease | RunBusy]:
-    def racer(name: str) -> Lease | RunBusy:
-        try:
-            return taken(remote, name)
-        except RunBusy as error:
-            return error
-
-    with ThreadPoolExecutor(len(names)) as pool:
-        return list(pool.map(racer, names))
-
-
 @pytest.mark.fault("racers")
 def test_of_20_racers_who_all_find_it_free_one_wins(
     remote: Remote, monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None]
 ) -> None:
-    """All have looked before the first one writes; and again when that lease has run out."""
-    names = [f"machine-{n}" for n in range(RACERS)]
-    assert newest(remote, "demo") is None  # and the client is made once, not by each thread
-    counting, all_have_looked = leases.counting, threading.Barrier(RACERS)
-
-    def together(*args: object) -> list[str]:
-        all_have_looked.wait(30)
-        return counting(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(leases, "counting", together)
-    for epoch in (1, 2):
-        monkeypatch.setattr(leases, "LEASE_SECONDS", 60.0 if epoch == 2 else -1.0)
-        results = race(remote, names)
-        winners = [r for r in results if isinstance(r, Lease)]
-        assert len(winners) == 1 and winners[0].claim.epoch == epoch
-        losers = [str(r) for r in results if isinstance(r, RunBusy)]
-        assert len(losers) == RACERS - 1
-        assert all(f"/{winners[0].claim.holder})" in text for text in losers)
-    assert newest(remote, "demo") == winners[0].claim
-    figure(f"{RACERS} racers for a name, free and run out: winners 1 and 1")
+    where = "moto" if remote.url.startswith("s3:") else "a folder"
+    figure(f"{where}, {race_for_a_name(remote, monkeypatch)}")
 
 
 def test_it_says_who_holds_it_and_until_when(

@@ -3,7 +3,10 @@
 The oracle is what the packages that are installed here say that they need.
 """
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -120,3 +123,36 @@ def test_only_the_cuda_file_has_anything_of_cuda() -> None:
 def test_messages_name_what_the_extras_install() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     assert {name: [package] for name, package in EXTRAS.items()} == {n: extras[n] for n in EXTRAS}
+
+
+# pip-audit's own output, shortened, where it knows the package and where it does not.
+SAYS = """
+import json, sys
+lines = [line for a in sys.argv if a.endswith(".txt") for line in open(a) if "==" in line]
+pins = [line.split()[0].split("==") for line in lines]
+bad = {bad!r}
+print(json.dumps({{"fixes": [], "dependencies": [
+    {{"name": n, "version": v, "vulns": [{{"id": "PYSEC-1"}}] * (n in bad or n + v in bad)}}
+    if bad else {{"name": n, "skip_reason": "Dependency not found on PyPI"}} for n, v in pins
+]}}))
+print("No known vulnerabilities found", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("bad", "code", "said"),
+    [
+        ((), 3, "NOT AUDITED"),
+        (("idna3.3",), 0, " 0 with known vulnerabilities"),
+        (("idna3.3", "numpy"), 1, "PYSEC-1"),
+    ],
+)
+def test_an_audit_that_nobody_answers_is_not_called_clean(
+    tmp_path: Path, bad: tuple[str, ...], code: int, said: str
+) -> None:
+    """By a pip_audit that says what the real one said here, and where there is a service."""
+    (tmp_path / "pip_audit.py").write_text(SAYS.format(bad=bad))
+    command = [sys.executable, str(ROOT / ".ci/audit")]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stdout, done.stderr

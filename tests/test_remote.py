@@ -215,7 +215,8 @@ def test_one_of_many_creates_wins(outside: Outside, figure: Callable[[str], None
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda n: objects.create("run/lease", b"%d" % n), range(8)))
     assert sum(won) == 1 and objects.read("run/lease") == b"%d" % won.index(True)
-    figure(f"winners of an exclusive create: {sum(won)} of {len(won)}")
+    where = "a folder" if outside.folder else "moto"
+    figure(f"{where}, winners of an exclusive create: {sum(won)} of {len(won)}")
 
 
 def test_files_called_manifest_inside_are_refused(outside: Outside, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.remotes import (
     committed,
     contents,
     kill_between_objects,
+    race_for_a_name,
     survive,
 )
 from tests.seaweed import Seaweed, weed
@@ -66,9 +67,10 @@ def sign_in(server: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.fixture
 def bucket(server: Seaweed, sign_in: Callable):
     name = f"bucket-{os.urandom(4).hex()}"
+    session = boto3.Session(*server.keys)  # the default one keeps those that it has seen first
     for _ in range(50):  # the S3 side answers a moment before the volumes do
         try:
-            return boto3.resource("s3", endpoint_url=server.url).create_bucket(Bucket=name)
+            return session.resource("s3", endpoint_url=server.url).create_bucket(Bucket=name)
         except Exception as error:
             last = error
             time.sleep(0.2)
@@ -155,6 +157,38 @@ def test_upload_killed_between_two_objects(
         sign_in(server.keys, proxy.url)
         kills = kill_between_objects(proxy, Remote(f"s3://{bucket.name}", STEADY), source)
     figure(f"SeaweedFS, {kills} kills: partial ones accepted 0")
+
+
+@pytest.mark.fault("racers")
+def test_of_20_racers_one_wins(bucket, sign_in, monkeypatch, figure) -> None:
+    figure(f"SeaweedFS, {race_for_a_name(Remote(f's3://{bucket.name}', STEADY), monkeypatch)}")
+
+
+@pytest.mark.fault("s3 credentials")
+def test_keys_that_are_revoked_in_the_middle_of_an_upload(
+    bucket, server: Seaweed, sign_in, tmp_path: Path, figure
+) -> None:
+    """Between two files; what was there stays, and new keys finish it."""
+    source = committed(tmp_path / "source", {"a": b"1" * 1000, "b": b"2" * 1000})
+    remote, revoked = Remote(f"s3://{bucket.name}", STEADY), server.keys
+    upload = remote.objects.upload
+
+    def revoke_after(path: Path, key: str, sha256: str) -> None:
+        upload(path, key, sha256)
+        server.change_keys()
+
+    remote.objects.upload = revoke_after  # type: ignore[method-assign]
+    with pytest.raises(RemoteDenied, match="AWS_SECRET_ACCESS_KEY") as caught:
+        remote.put(source, NAME)
+    assert revoked[1] not in str(caught.value) and not caught.value.retryable
+    with pytest.raises(RemoteDenied):
+        Remote(f"s3://{bucket.name}", STEADY).names()
+    sign_in(server.keys)
+    renewed = Remote(f"s3://{bucket.name}", STEADY)
+    assert renewed.names() == [] and renewed.unfinished("run") == [NAME]
+    renewed.put(source, NAME)
+    assert renewed.names() == [NAME]
+    figure("SeaweedFS, keys revoked midway: said, nothing committed, false fresh starts 0 of 1")
 
 
 def test_no_such_bucket(sign_in) -> None:

@@ -115,7 +115,7 @@ def test_a_refusal_is_never_taken_for_nothing_there(
         assert type(caught.value) is error
         assert caught.value.retryable == (status == 500)
         assert bucket.name in str(caught.value) and "canary" not in str(caught.value).lower()
-    figure(f"{code}: false fresh starts 0 of 2")
+    figure(f"moto, {code}: false fresh starts 0 of 2")
 
 
 def test_denied_says_so_whatever_was_asked(proxy: FaultProxy, bucket, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_refused_in_the_middle_of_an_upload(
     with pytest.raises(RemoteDenied, match="look at .*empty.*403"):
         remote.put(committed(tmp_path / "source2"), NAME)
     assert remote.names() == []
-    figure("expired midway: said, nothing committed")
+    figure("moto, expired midway: said, nothing committed")
 
 
 def test_a_listing_is_read_to_its_last_page(
@@ -189,6 +189,22 @@ def test_unreachable_endpoint_is_given_up(
     assert caught.value.retryable and not isinstance(caught.value, RemoteDenied)
     assert "127.0.0.1:9" in str(caught.value) and "again in" in caplog.text
     assert "canary" not in "".join(traceback.format_exception(caught.value)).lower()
+
+
+def test_patience_ends_by_its_tries_and_by_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands while nobody waits."""
+    now = [0.0]
+    monkeypatch.setattr(s3.time, "monotonic", lambda: now[0])
+
+    def tries(patience: Patience) -> int:
+        began, count = now[0], 0
+        for wait in patience.waits():
+            now[0], count = now[0] + wait, count + 1
+        assert now[0] - began <= patience.total_s
+        return count
+
+    assert tries(Patience(attempts=4, first_wait_s=1, longest_wait_s=1, total_s=1000)) == 3
+    assert 10 <= tries(Patience(attempts=1000, first_wait_s=1, longest_wait_s=1, total_s=10)) <= 20
 
 
 def test_no_secret_is_printed(s3_env: pytest.MonkeyPatch) -> None:

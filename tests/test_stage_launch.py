@@ -19,6 +19,7 @@ from ditty.processes import launch
 from ditty.processes.launch import raise_for_result, run_stage
 from ditty.runs.rundir import Result, Status
 from ditty.store.files import read_json
+from ditty.worker import explain
 from tests.test_launch import CPU, Files, Stop, files  # noqa: F401
 
 WORKER = """
@@ -210,3 +211,15 @@ def test_raise_for_result(result: Result, error: type[RunError], retryable: bool
 
 def test_ok_raises_nothing() -> None:
     raise_for_result(Result(Status.OK, step=9))
+
+
+@pytest.mark.parametrize(("local", "kind"), [("2", "Crashed"), ("1", "RuntimeError")])
+def test_a_lost_peer_has_crashed_if_it_was_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, local: str, kind: str
+) -> None:
+    """Else a rank that never fits would be tried again each time, for what the others say of it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    said = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+    result = explain(RuntimeError(said))
+    assert (result.kind, result.retryable) == (kind, True) and said in result.message

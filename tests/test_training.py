@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,12 +112,38 @@ def test_a_lasting_failure_is_not(
     figure(f"{result.kind}: retries {len(trainings.attempts) - 1}")
 
 
+def set_launch(trainings: Trainings, **values: float) -> None:
+    launch = trainings.spec.launch.model_copy(update=values)
+    trainings.spec = trainings.spec.model_copy(update={"launch": launch})
+
+
 def test_retries_come_from_the_spec(trainings: Trainings) -> None:
-    trainings.spec = trainings.spec.model_copy(
-        update={"launch": trainings.spec.launch.model_copy(update={"retries": 1})}
-    )
+    set_launch(trainings, retries=2)
     with pytest.raises(Preempted):
-        trainings.go(PREEMPTED, PREEMPTED)
+        trainings.go(PREEMPTED, PREEMPTED, PREEMPTED)
+    set_launch(trainings, retries=0)
+    with pytest.raises(Preempted):
+        trainings.go(saved_then(3, PREEMPTED))
+
+
+def test_a_new_checkpoint_restores_the_retries(trainings: Trainings) -> None:
+    """A run that gets on between its faults is never given up, however many there are."""
+    set_launch(trainings, retries=2)
+    faults = [saved_then(step, CRASHED if step % 2 else PREEMPTED) for step in range(1, 6)]
+    trainings.go(*faults, PREEMPTED, saved_then(6, CRASHED), OK)
+    assert len(trainings.attempts) == 8
+
+
+def test_only_what_does_not_get_on_waits(
+    trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_launch(trainings, retries=3, retry_delay_seconds=10)
+    waits: list[float] = []
+    clock = SimpleNamespace(**{**vars(time), "sleep": waits.append})
+    monkeypatch.setattr("prefect.task_engine.time", clock)
+    later = [saved_then(4, CRASHED), PREEMPTED, PREEMPTED, OK]
+    trainings.go(PREEMPTED, PREEMPTED, PREEMPTED, *later)
+    assert [round(seconds) for seconds in waits] == [10, 20, 40, 10, 20]
 
 
 @pytest.mark.fault("out of memory")

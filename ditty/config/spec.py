@@ -237,9 +237,10 @@ class LaunchSpec(Section):
     grace_seconds: float = Field(default=20.0, ge=0)
     """Time to save between SIGTERM and SIGKILL; Prefect's runner itself waits 30 s."""
     retries: int = Field(default=3, ge=0)
-    """Attempts after the first, where the failure can pass (preempted, crashed, unreachable)."""
+    """Attempts after the first, where the failure can pass (preempted, crashed, unreachable). Each
+    new checkpoint of a training restores them: they count those in a row that did not get on."""
     retry_delay_seconds: float = Field(default=10.0, ge=0)
-    """Before the first retry; doubles with each."""
+    """Before the first retry; doubles with each. A training that got on is retried at once."""
     environment: list[str] = Field(default_factory=list)
     """Names of environment variables that the training process gets besides the usual ones."""
 

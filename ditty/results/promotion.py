@@ -105,9 +105,11 @@ class Promotions:
             remote.get(name, self.store.path("train", pointer.train))
 
     def _remote(self) -> Remote:
+        remote = Remote(self.url)
         if self._own is not None:
             make_dir(self._own)
-        return Remote(self.url)
+            remote.objects.prepare()  # removes what killed ones have left there
+        return remote
 
     def ref(self, pointer: InPlace, evaluation: str) -> StageRef:
         """The stage that promotes `pointer`, after the evaluation of that key."""

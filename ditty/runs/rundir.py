@@ -35,6 +35,7 @@ from ditty.store.files import (
     make_dir,
     read_json,
     remove_tree,
+    unlink,
     write_json,
 )
 
@@ -140,6 +141,14 @@ class RunDir:
             removed = STEP_NAME.fullmatch(path.name) and not (path / MANIFEST).exists()
             if removed or path.name.startswith(STAGING):
                 remove_tree(path)
+
+    def clear_half_written(self) -> None:
+        """Remove what killed writers of the run's small files have left.
+
+        The caller has the flow lock to itself.
+        """
+        for path in self.root.glob(".*.tmp"):
+            unlink(path)
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of `step` stands, or will."""

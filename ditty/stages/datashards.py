@@ -231,6 +231,19 @@ def clear(made: StageRef, store: Store) -> None:
                     _remove(shard)
                 finally:
                     lock.release()
+    _clear_halves(store)
+
+
+def _clear_halves(store: Store) -> None:
+    """Remove what killed makers and removers of shards left, of whatever stage."""
+    for half in store.path("shard", "").glob(f"{STAGING}*"):
+        key = half.name.removeprefix(STAGING).rpartition("-")[0]
+        lock = store.lock("shard", key)
+        if lock.acquire(timeout=0):  # else somebody makes it
+            try:
+                remove_tree(half)
+            finally:
+                lock.release()
 
 
 def _remove(shard: Path) -> None:
