@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ditty.config.choices import Place
+from ditty.config.choices import Device, Place
 from ditty.config.spec import LaunchSpec
 from ditty.config.specfile import parse_spec
 from ditty.errors import Cancelled, Crashed, RemoteError, RunBusy, SpecError
 from ditty.planning import fit
 from ditty.planning.shapes import SHAPES
-from ditty.processes import local, node, slurm
+from ditty.processes import environment, local, node, slurm
 from ditty.processes.backend import StageRun
 from ditty.processes.batchscript import batch_script
 from ditty.processes.environment import resolve_device
@@ -74,6 +74,8 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
 
 def test_a_launch_elsewhere_is_not_measured_by_this_machine(tmp_path, monkeypatch) -> None:
     """No GPU is here; and were one here, its memory would be another's."""
+    monkeypatch.setattr(environment, "DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(environment, "DRIVER_GPUS", tmp_path / "none")
     launch = launch_spec(device="cuda", num_processes=8)
     assert resolve_device(launch) == "cuda"
     with pytest.raises(SpecError, match="no NVIDIA GPU is visible"):
@@ -312,7 +314,10 @@ def test_a_job_is_submitted_followed_and_read(queue: Queue, monkeypatch) -> None
     assert "TOKEN" in record["environment"] and "given" not in str(record)
 
 
-def test_a_flow_that_comes_back_takes_up_its_job(queue: Queue, monkeypatch) -> None:
+def test_a_flow_that_comes_back_takes_up_its_job(queue: Queue, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    queue.run = RunDir.named("run", Path("home"))  # as DITTY_HOME may be given
+
     def kill() -> None:
         raise Killed
 
@@ -447,10 +452,19 @@ def test_a_node_starts_what_a_local_launch_does(part: Path) -> None:
     assert read_json(part / "environment.json")["ACCELERATE_USE_CPU"] == "true"
 
 
-def test_a_node_that_cannot_start_says_why(part: Path, monkeypatch) -> None:
-    for name in ("SLURM_NODEID", "DITTY_MAIN_HOST"):
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cpu", "num_machines is 2, and nothing says"), ("cuda", "no NVIDIA GPU is visible")],
+)
+def test_a_node_that_cannot_start_says_why(device, message, part: Path, queue, monkeypatch) -> None:
+    """It looks at its own devices, and for its own place."""
+    for name in ("SLURM_NODEID", "DITTY_MACHINE_RANK", "DITTY_MAIN_HOST"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(environment, "DEVICE_FILES", part / "none")
+    monkeypatch.setattr(environment, "DRIVER_GPUS", part / "none")
+    queue.launch = queue.launch.model_copy(update={"device": Device(device)})
+    write_json(part / "job.json", queue.job())
     assert node.main(["--distributed", "train", str(part)]) == 1
     result = read_result(part)
     assert result and (result.status, result.kind) == (Status.FAILED, "SpecError")
-    assert "num_machines is 2" in result.message
+    assert message in result.message

@@ -130,9 +130,10 @@ class Guarded:
     def wait(self, seconds: float) -> Ended | None:
         """See `Processes`."""
         try:
-            code = self._guard.wait(seconds)
+            self._guard.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+        code: int = self._guard.returncode
         return Ended(_exit(code if code >= 0 else 128 - code))
 
     def stop(self) -> None:
@@ -175,17 +176,25 @@ def guarded(
     """
     _check_platform()
     with _Pipe() as pipe:
-        program = [sys.executable, "-m", "ditty.processes.guard", str(pipe.reader), f"{grace:g}"]
-        guard = subprocess.Popen(
-            [*program, *command],
-            env=dict(env),
-            pass_fds=(pipe.reader,),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
-            start_new_session=True,  # Ctrl-C in a terminal is for us alone: we stop it in order
-        )
-        yield Guarded(guard, grace)
+        yield Guarded(_start_guard(command, pipe, output, env, grace), grace)
+
+
+def _start_guard(
+    command: Sequence[str],
+    pipe: "_Pipe",
+    output: IO[bytes] | None,
+    env: Mapping[str, str],
+    grace: float,
+) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "ditty.processes.guard", str(pipe.reader), f"{grace:g}", *command],
+        env=dict(env),
+        pass_fds=(pipe.reader,),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        start_new_session=True,  # Ctrl-C in a terminal is for us alone: we stop it in order
+    )
 
 
 def _check_platform() -> None:
