@@ -7,12 +7,13 @@
     ├── ModelError           a base model is unknown, unreadable or does not fit the spec
     ├── StoreError           DITTY_HOME cannot be written, or the disk is full
     │   └── ArtifactDamaged  a committed directory no longer matches its manifest
-    ├── RemoteError          an upload target or the hub cannot be reached (retryable)
+    ├── RemoteError          an upload target, the hub or a cluster does not answer (retryable)
     │   └── RemoteDenied     it answered, and refused the credentials (not retryable)
     └── RunError             a run cannot start, or ended early
         ├── RunMismatch      the run directory belongs to another spec
         ├── RunBusy          another process holds the run (retryable)
         ├── Preempted        it was asked to stop and saved (retryable)
+        ├── Cancelled        somebody cancelled it, or its job: not tried again
         ├── Crashed          a process vanished without a word (retryable)
         ├── GateFailed       the result is not what the spec requires of it
         └── OutOfMemory      it did not fit; an identical attempt would not either
@@ -104,7 +105,7 @@ class ArtifactDamaged(StoreError):
 
 
 class RemoteError(DittyError):
-    """An upload target or the hub cannot be reached."""
+    """An upload target, the hub or a cluster cannot be reached."""
 
     retryable = True
 
@@ -133,6 +134,10 @@ class Preempted(RunError):
     """The run was asked to stop and saved a checkpoint first."""
 
     retryable = True
+
+
+class Cancelled(RunError):
+    """Somebody cancelled the run, or the job that its processes were (`scancel`)."""
 
 
 class Crashed(RunError):

@@ -6,13 +6,13 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 
-from ditty.errors import RunError
+from ditty.errors import Cancelled
 
 # A cancel that the runner carries out is a SIGTERM within 12 s. After this, there is no runner.
 CANCEL_SECONDS = 20.0
 
 
-class CancelRequested(RunError):
+class CancelRequested(Cancelled):
     """The flow run was cancelled, and no runner was there to stop it."""
 
 

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
+from prefect import states
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilterId
 from prefect.context import FlowRunContext
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
 
+from ditty.errors import Cancelled
 from ditty.store.artifacts import FLOW_RUN_VARIABLE
-from flows.cancel import CancelRequested
 from flows.pages.publish import publish_stages
 from flows.serving.sweep import crash_orphans
 from flows.tasks import Caller
@@ -37,9 +37,9 @@ def framed(call: Caller, body: Callable[[Caller], dict[str, Any]]) -> dict[str, 
     with ditty_logs(), _named_in_artifacts():
         try:
             return body(call)
-        except CancelRequested as error:
+        except Cancelled as error:
             # Prefect takes a state that is returned for the state of the run.
-            return Cancelled(message=str(error))  # type: ignore[return-value]
+            return states.Cancelled(message=str(error))  # type: ignore[return-value]
         finally:
             publish_stages(call.book, call.spec.name)
 

@@ -12,6 +12,8 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
+from ditty.config.choices import Place
+from ditty.config.spec import LaunchSpec
 from ditty.errors import RunError
 from flows.cancel import CancelWatch
 
@@ -21,16 +23,17 @@ LEASE_SECONDS = 60.0  # Prefect's minimum: when its holder was killed, a slot is
 
 
 @contextmanager
-def training_slot() -> Iterator[None]:
+def training_slot(launch: LaunchSpec) -> Iterator[None]:
     """Hold a slot of the server's limit that DITTY_TRAINING_LIMIT names; none where it is not set.
 
     A deployment sets it (deployments/prefect.yaml), so that one training at a time has the GPUs.
+    Those of a cluster are its own queue's to share out.
 
     Raises:
         RunError: the server has no such limit.
     """
     name = os.environ.get(LIMIT_VARIABLE)
-    if not name:
+    if not name or launch.backend is not Place.LOCAL:
         yield
         return
     with get_client(sync_client=True) as client:

@@ -56,7 +56,7 @@ def evaluate(ref: StageRef, work: Work) -> Reference:
     """A held-out loss, or a task; on the GPU, so that it waits for its turn as a training does."""
     if work.store.find(ref.stage, ref.key):
         return reference(ref, committed(ref, work.store))
-    with training_slot():
+    with training_slot(work.spec.launch):
         return _in_a_process(ref, work)
 
 
@@ -84,7 +84,7 @@ def _in_a_process(ref: StageRef, work: Work) -> Reference:
         result = launch.run_stage(
             ref.stage,
             work.job(ref),
-            work.run.new_attempt(ref.stage),
+            launch.open_attempt(work.run, ref.stage, work.spec.launch),
             work.spec.launch,
             distributed=False,
             on_line=lambda line: log.info("%s", line),
@@ -100,7 +100,7 @@ def _in_a_process(ref: StageRef, work: Work) -> Reference:
 def train(ref: StageRef, work: Work) -> Reference:
     """All steps of training, in processes of their own."""
     if not work.store.find(ref.stage, ref.key):
-        with training_slot():
+        with training_slot(work.spec.launch):
             run_attempt(ref, work)
     return reference(ref, committed(ref, work.store))
 

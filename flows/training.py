@@ -98,7 +98,7 @@ def run_attempt(ref: StageRef, work: Work) -> None:
         if lease and spec.upload.checkpoints:
             fetch_newer(run, lease.remote, ref.inputs, log)
             stack.enter_context(Mirror(run, lease, spec.train.keep_checkpoints, log))
-        attempt = run.new_attempt("train")
+        attempt = launch.open_attempt(run, "train", spec.launch)
         reporter = Reporter(ref.title, work, attempt, log, lease)
         stack.enter_context(reporter.in_background())
         try:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from ditty.config.spec import RunSpec
-from ditty.errors import DataError, RunError, RunMismatch
+from ditty.errors import Cancelled, DataError, RunError, RunMismatch
 from ditty.planning import preflight
 from ditty.runs.rundir import RunDir, Status, read_result
 from ditty.stages import datastages, stageline
@@ -205,11 +205,14 @@ def prepare_only(spec: RunSpec) -> None:
         datastages.build_data(ref, line, spec, store)
 
 
-def test_a_cancel_without_a_runner_ends_as_cancelled(
-    spec: RunSpec, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [CancelRequested, Cancelled])
+def test_a_cancel_that_no_runner_carries_out_ends_as_cancelled(
+    error: type[Cancelled], spec: RunSpec, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In Prefect while no runner is there, or of the job in a cluster's queue."""
+
     def attempt(ref: Any, work: Any) -> None:
-        raise CancelRequested("nobody else could stop it")
+        raise error("nobody else could stop it")
 
     monkeypatch.setattr(tasks, "run_attempt", attempt)
     state: Any = finetune(spec, return_state=True)

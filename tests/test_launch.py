@@ -7,7 +7,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +14,9 @@ import pytest
 from ditty.config.choices import Device
 from ditty.config.spec import LaunchSpec
 from ditty.processes.environment import child_environment
-from ditty.processes.launch import run_guarded
+from ditty.processes.launch import follow
+from ditty.processes.local import guarded
+from ditty.runs.tail import LineTail
 
 WAIT_SECONDS = 120.0  # until we call a process stuck
 CPU = LaunchSpec(device=Device.CPU, threads=1)
@@ -92,15 +93,23 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
             process.kill()
 
 
-def run(command: list[str], log_path: Path, **kwargs: Any) -> int:
-    """run_guarded with defaults for what a test does not look at."""
-    defaults = {
-        "env": child_environment(CPU),
-        "grace": 20.0,
-        "on_line": lambda line: None,
-        "check": lambda: None,
-    }
-    return run_guarded(command, log_path=log_path, **{**defaults, **kwargs})
+def run(
+    command: list[str],
+    log_path: Path,
+    *,
+    grace: float = 20.0,
+    env: dict[str, str] | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
+    check: Callable[[], None] = lambda: None,
+) -> str:
+    """As the backend `local` runs a command; how it ended."""
+    env = env or child_environment(CPU)
+    with (
+        open(log_path, "ab") as output,
+        LineTail(log_path, at_end=True) as tail,
+        guarded(command, output=output, env=env, grace=grace) as processes,
+    ):
+        return follow(processes, tail, on_line, check).how
 
 
 class Stop(BaseException):
@@ -129,7 +138,7 @@ def test_lines_arrive_complete_and_in_order(files: Files) -> None:
     log_path = files.folder / "log.txt"
     log_path.write_text("of an earlier run\n")
     lines: list[str] = []
-    assert run(command, log_path, on_line=lines.append) == 0
+    assert run(command, log_path, on_line=lines.append) == "exit code 0"
     assert lines == [
         *(f"line {i}" for i in range(3000)),
         *("half a line \u20ac", "to stderr", "100%", "bad \ufffd", "", "the end"),
@@ -139,15 +148,22 @@ def test_lines_arrive_complete_and_in_order(files: Files) -> None:
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [("pass", 0), ("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)],
+    [
+        ("pass", "0"),
+        ("raise SystemExit(7)", "7"),
+        ("import os; os.kill(os.getpid(), 9)", "137 (SIGKILL)"),
+    ],
 )
-def test_exit_codes(text: str, code: int, files: Files) -> None:
-    assert run(files.script("end.py", text), files.folder / "log.txt") == code
+def test_exit_codes(text: str, code: str, files: Files) -> None:
+    assert run(files.script("end.py", text), files.folder / "log.txt") == f"exit code {code}"
 
 
 def test_a_command_that_cannot_start_says_so_in_the_log(files: Files) -> None:
     lines: list[str] = []
-    assert run([str(files.folder / "none")], files.folder / "log.txt", on_line=lines.append) == 127
+    assert (
+        run([str(files.folder / "none")], files.folder / "log.txt", on_line=lines.append)
+        == "exit code 127"
+    )
     assert "cannot start" in lines[-1]
 
 
@@ -208,7 +224,9 @@ def test_a_second_exception_leaves_at_once_and_nothing_behind(files: Files) -> N
 LAUNCHER = """
     import os, sys, time
     from pathlib import Path
-    from ditty.processes.launch import run_guarded
+    from ditty.processes.launch import follow
+    from ditty.processes.local import guarded
+    from ditty.runs.tail import LineTail
     how = sys.argv[1]
     def check():
         if how == "fork" and not os.path.exists("fork") and os.fork() == 0:
@@ -219,11 +237,13 @@ LAUNCHER = """
     if how == "closed":
         for fd in (0, 1, 2):
             os.close(fd)
-    code = run_guarded(
-        sys.argv[2:], log_path=Path("log.txt"), env=dict(os.environ), grace=1.5,
-        on_line=lambda line: None, check=check,
-    )
-    Path("code").write_text(str(code))
+    with (
+        open("log.txt", "ab") as output,
+        LineTail(Path("log.txt"), at_end=True) as tail,
+        guarded(sys.argv[2:], output=output, env=dict(os.environ), grace=1.5) as processes,
+    ):
+        ended = follow(processes, tail, lambda line: None, check)
+    Path("code").write_text(ended.how)
 """
 
 
@@ -255,5 +275,5 @@ def test_closed_standard_streams(files: Files) -> None:
     command += files.script("end.py", "print('alive')\nraise SystemExit(5)")
     launcher = subprocess.Popen(command, env=child_environment(CPU))
     assert launcher.wait(WAIT_SECONDS) == 0
-    assert (files.folder / "code").read_text() == "5"
+    assert (files.folder / "code").read_text() == "exit code 5"
     assert (files.folder / "log.txt").read_text() == "alive\n"

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ditty.config.spec import LaunchSpec
 from ditty.errors import SpecError
 from ditty.processes.environment import child_environment
-from ditty.processes.launch import accelerate_command
+from ditty.processes.local import accelerate_command
 from ditty.processes.machines import Machines, resolve_machines
 from ditty.runs.rundir import RunDir, Status
 from ditty.store.files import read_json

@@ -15,7 +15,7 @@ import pytest
 from ditty.config.choices import Device
 from ditty.config.spec import LaunchSpec
 from ditty.errors import Crashed, DataError, OutOfMemory, Preempted, RunError
-from ditty.processes import launch
+from ditty.processes import local
 from ditty.processes.launch import raise_for_result, run_stage
 from ditty.runs.rundir import Result, Status
 from ditty.store.files import read_json
@@ -43,7 +43,7 @@ WORKER = """
 @pytest.fixture
 def attempt(files: Files, monkeypatch: pytest.MonkeyPatch) -> Path:
     files.script("fake_worker.py", WORKER)
-    monkeypatch.setattr(launch, "WORKER_MODULE", "fake_worker")
+    monkeypatch.setattr(local, "WORKER_MODULE", "fake_worker")
     folder = files.folder / "attempt"
     folder.mkdir()
     return folder

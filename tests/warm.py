@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ditty.processes import launch
+from ditty.processes import local
 from ditty.store.files import read_json
 
 FORK = multiprocessing.get_context("fork")
@@ -121,7 +121,7 @@ class Worker:
 def instead_of_launching(patch: pytest.MonkeyPatch) -> None:
     """Let the stages that this process launches in one process be a `Worker` each."""
     patch.setattr(
-        launch, "_start_guard", lambda command, pipe, output, env, grace: Worker(command, env)
+        local, "_start_guard", lambda command, pipe, output, env, grace: Worker(command, env)
     )
 
 

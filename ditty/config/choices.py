@@ -268,6 +268,13 @@ class Tracker(StrEnum):
     TRACKIO = "trackio"
 
 
+class Place(StrEnum):
+    """Where a stage's processes run: here, or as a job of a Slurm cluster."""
+
+    LOCAL = "local"
+    SLURM = "slurm"
+
+
 class Device(StrEnum):
     """Where to train. `auto`: a GPU where there is one."""
 

@@ -18,6 +18,7 @@ from ditty.config.choices import (
     FinalWeights,
     OnAnomaly,
     Optimizer,
+    Place,
     Precision,
     Quantization,
     Sampling,
@@ -26,6 +27,7 @@ from ditty.config.choices import (
     Tracker,
 )
 from ditty.config.dataspec import DataSpec, Section
+from ditty.config.slurmspec import SlurmSpec
 from ditty.errors import scrub
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -217,10 +219,15 @@ class TrainSpec(Section):
 class LaunchSpec(Section):
     """Processes and how to deal with their end. Nothing here changes the result of a stage."""
 
+    backend: Place = Place.LOCAL
+    """Where the processes of training and of the other stages with tensors run: here, or as jobs of
+    a Slurm cluster, which has the same DITTY_HOME and Python."""
+    slurm: SlurmSpec = Field(default_factory=SlurmSpec)
+    """What `backend: slurm` asks the cluster for."""
     num_processes: int = Field(default=1, ge=1)
     """Training processes on each machine; on GPUs one a GPU."""
     num_machines: int = Field(default=1, ge=1)
-    """Machines that train together; each starts the same spec."""
+    """Machines that train together; with `backend: local` each starts the same spec."""
     machine_rank: int | None = Field(default=None, ge=0)
     """Which of them this is, from 0; by default DITTY_MACHINE_RANK or SLURM_NODEID says so."""
     main_host: str | None = None
@@ -251,6 +258,23 @@ class LaunchSpec(Section):
                 f"machine_rank is {self.machine_rank} of num_machines: {self.num_machines}; "
                 f"expected 0 to {self.num_machines - 1}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_backend(self) -> "LaunchSpec":
+        if self.backend is Place.LOCAL:
+            return self
+        if self.device is Device.AUTO:
+            raise ValueError(
+                f"device: auto looks for a GPU here, and backend: {self.backend} runs elsewhere; "
+                "write device: cuda, or cpu"
+            )
+        for key in ("machine_rank", "main_host"):
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key} goes with backend: local; which machines {self.backend} gives is known "
+                    "when the job starts: remove it"
+                )
         return self
 
     @property

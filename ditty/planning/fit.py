@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty.config import legal
-from ditty.config.choices import Device, Sharding
+from ditty.config.choices import Device, Place, Sharding
 from ditty.config.spec import RunSpec
 from ditty.errors import SpecError
 from ditty.planning.memory import Memory, Sizes, budget_of, expect_held, plan_memory
@@ -22,7 +22,7 @@ def expected_memory(spec: RunSpec, model_dir: Path | None) -> Memory | None:
         model_dir: of the base model; None: not fetched yet.
     """
     sizes = _sizes(spec, model_dir)
-    return None if sizes is None else _memory(spec, sizes, gpu_bytes())
+    return None if sizes is None else _memory(spec, sizes, _card(spec))
 
 
 def fitted(spec: RunSpec, model_dir: Path | None) -> tuple[RunSpec, list[str]]:
@@ -37,7 +37,7 @@ def fitted(spec: RunSpec, model_dir: Path | None) -> tuple[RunSpec, list[str]]:
     if not cuts and spec.train.micro_batch_size != "auto":
         return spec, []
     sizes = _sizes(spec, model_dir)
-    card = None if sizes is None else gpu_bytes()  # asks a program: once, not for each candidate
+    card = None if sizes is None else _card(spec)  # asks a program: once, not for each candidate
     why = []
     if cuts:
         spec, line = _with_sharding(spec, sizes, card)
@@ -53,6 +53,12 @@ def _sizes(spec: RunSpec, model_dir: Path | None) -> Sizes | None:
         return None
     config = read_json(model_dir / "config.json")
     return Sizes.of(config) if config else None
+
+
+def _card(spec: RunSpec) -> float | None:
+    """Memory of the GPUs that the run will have, in bytes; None where they are not this machine's,
+    or do not tell."""
+    return gpu_bytes() if spec.launch.backend is Place.LOCAL else None
 
 
 def _memory(spec: RunSpec, sizes: Sizes, card: float | None) -> Memory:

@@ -12,6 +12,7 @@ from ditty.planning import preflight
 from ditty.planning.fit import expected_memory, fitted
 from ditty.pretrained import basemodel
 from ditty.processes.environment import resolve_device
+from ditty.processes.launch import backend_of
 from ditty.runs.rundir import RunDir
 from ditty.stages import datashards, share, stageline
 from ditty.store.artifacts import Manifest, Store
@@ -42,11 +43,13 @@ class PlannedStage:
 class RunPlan:
     """A plan of the whole run; `steps` and `epochs` are None while the rows are not counted.
 
+    `place` says in one line where the stages with tensors will run.
     `strategy` says in one line what is trained, beside what, and held where; `memory`, where that
     of a GPU goes (ditty.planning.memory), or nothing where it is not predicted.
     """
 
     name: str
+    place: str
     device: str
     num_processes: int
     strategy: str
@@ -81,7 +84,7 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
     batch = spec.global_batch_size
     steps = spec.train.max_steps or (math.ceil(spec.train.epochs * rows / batch) if rows else None)
     epochs = steps * batch / rows if rows and steps else None
-    device = resolve_device(spec.launch)
+    place, device = backend_of(spec.launch).describe(spec.launch), resolve_device(spec.launch)
     processes = spec.launch.world_size
     chosen, why = fitted(spec, line.model_dir)
     if spec.train.skips:
@@ -92,7 +95,7 @@ def make_plan(spec: RunSpec, store: Store) -> RunPlan:
     if found and not found.fits:
         memory += f". That is too much: {LESS_MEMORY}"
     work = (batch, steps, epochs, tuple(planned))
-    return RunPlan(spec.name, device, processes, strategy, memory, *work)
+    return RunPlan(spec.name, place, device, processes, strategy, memory, *work)
 
 
 def _done(ref: stageline.StageRef, spec: RunSpec, store: Store) -> Manifest | None:

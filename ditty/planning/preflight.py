@@ -13,7 +13,8 @@ from ditty.config.spec import RunSpec, TrainSpec
 from ditty.errors import RunMismatch, SpecError, StoreError, cut, install
 from ditty.pretrained import basemodel, layernames
 from ditty.pretrained.tensorfiles import headers
-from ditty.processes.environment import child_environment, resolve_device
+from ditty.processes.environment import resolve_device
+from ditty.processes.launch import backend_of
 from ditty.runs.identity import GUARD_KEYS
 from ditty.runs.rundir import RunDir
 from ditty.stages import evaltasks, share, stageline
@@ -60,7 +61,7 @@ def check_machine(spec: RunSpec, store: Store, *, trains: bool = True) -> None:
     """What needs neither data nor a model: the store can be written, the launch fits this machine,
     and the packages and tasks that the spec names are there."""
     check_store(store)
-    child_environment(spec.launch)
+    backend_of(spec.launch).check(spec.launch)
     if trains:
         check_optimizer(spec)
         check_trackers(spec.train.report_to, spec.launch.environment)

@@ -9,10 +9,15 @@ import re
 import subprocess
 from pathlib import Path
 
-from ditty.config.choices import Device
+from ditty.config.choices import Device, Place
 from ditty.config.spec import LaunchSpec
 from ditty.errors import SpecError
-from ditty.processes.machines import resolve_machines
+from ditty.processes.machines import (
+    HOST_VARIABLE,
+    PORT_VARIABLE,
+    RANK_VARIABLE,
+    resolve_machines,
+)
 
 MARGIN_SECONDS = 5.0  # after the grace, for the SIGKILLs of ditty.processes.guard
 
@@ -56,6 +61,11 @@ INHERITED_PREFIXES = (
 )
 # They would beat OMP_NUM_THREADS.
 NEVER_INHERITED = frozenset(("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"))
+# What says something about this machine alone: its GPUs, its scratch, its place among several.
+OF_THIS_MACHINE = frozenset(
+    ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")
+    + (RANK_VARIABLE, HOST_VARIABLE, PORT_VARIABLE)
+)
 # A spec that names these would contradict its own keys.
 SET_BY_KEYS = {
     "OMP_NUM_THREADS": "launch.threads",
@@ -70,12 +80,22 @@ def child_environment(launch: LaunchSpec) -> dict[str, str]:
     """The whole environment of a stage's processes: an allow-list, and what ditty sets itself.
 
     Raises:
+        SpecError: see `inherited_environment`; or the device is not there; or there are several
+            machines, and this one does not know its place.
+    """
+    inherited = inherited_environment(launch)
+    named = {name: inherited[name] for name in launch.environment if not _is_inherited(name)}
+    return {**inherited, **_settings(launch), **_own_sources(), **named}
+
+
+def inherited_environment(launch: LaunchSpec) -> dict[str, str]:
+    """What of this process's environment its children get: an allow-list, and what the spec names.
+
+    Raises:
         SpecError: `launch.environment` names a variable that is not set, or one that a key of
-            `launch` decides; or the device is not there; or there are several machines, and this
-            one does not know its place.
+            `launch` decides.
     """
     inherited = {name: value for name, value in os.environ.items() if _is_inherited(name)}
-    named = {}
     for name in launch.environment:
         if name in SET_BY_KEYS:
             raise SpecError(
@@ -87,9 +107,18 @@ def child_environment(launch: LaunchSpec) -> dict[str, str]:
                 f"launch.environment names {name}, which is not set in the environment of this "
                 "process: export it before the start, or remove it from the spec"
             )
-        if not _is_inherited(name):
-            named[name] = os.environ[name]
-    return {**inherited, **_settings(launch), **named}
+        inherited[name] = os.environ[name]
+    return inherited
+
+
+def environment_elsewhere(launch: LaunchSpec) -> dict[str, str]:
+    """The same for a process on another machine, which sets what depends on the machine.
+
+    Raises:
+        SpecError: see `inherited_environment`.
+    """
+    inherited = {**inherited_environment(launch), **_own_sources()}
+    return {name: value for name, value in inherited.items() if name not in OF_THIS_MACHINE}
 
 
 def _is_inherited(name: str) -> bool:
@@ -117,22 +146,28 @@ def _settings(launch: LaunchSpec) -> dict[str, str]:
         resolve_machines(launch)  # whoever asks before the start is to hear what is missing
         # Ranks on a TCP store of their own: keys of a world that is lost cannot meet the next one.
         settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    root = Path(__file__).absolute().parents[2]
-    if root.name not in ("site-packages", "dist-packages"):
-        # A source tree that this process found by other means than PYTHONPATH: the same for it.
-        paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        settings["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return settings
+
+
+def _own_sources() -> dict[str, str]:
+    """The way to a source tree that this process found by other means than PYTHONPATH."""
+    root = Path(__file__).absolute().parents[2]
+    if root.name in ("site-packages", "dist-packages"):
+        return {}
+    paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def resolve_device(launch: LaunchSpec) -> str:
     """Where the processes of this launch compute: "cpu" or "cuda"; found without torch.
 
     Raises:
-        SpecError: a GPU is asked for and none is visible, or fewer than processes.
+        SpecError: a GPU of this machine is asked for and none is visible, or fewer than processes.
     """
     if launch.device is Device.CPU:
         return Device.CPU.value
+    if launch.backend is not Place.LOCAL:
+        return launch.device.value  # each machine of the job looks at its own
     gpus = _visible_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     where = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"

@@ -4,7 +4,8 @@ runs/<name>/
   spec.json                      written once a run; no secrets
   data.md                        what became of the rows, for people
   stages/<stage>/<attempt>/      job.json, launch.json, accelerate.yaml, log.txt, heartbeat/,
-                                 result.json, or crashed.json where there is none
+                                 result.json, or crashed.json where there is none; as a job of a
+                                 cluster also job.sh and machines/, beside the lock submit
   metrics.jsonl                  append-only; the last record of a step wins
   samples.jsonl                  completions of held-out prompts, before and after
   checkpoints/step_000000200/    a manifest.json means committed

@@ -214,7 +214,7 @@ def plan(
     steps = "not known before the rows are packed" if made.steps is None else str(made.steps)
     epochs = "" if made.epochs is None else f" ({made.epochs:.2f} epochs)"
     console.print(f"steps: {steps}{epochs}, {made.global_batch_size} rows each")
-    console.print(f"training: {made.strategy}; on {made.device}")
+    console.print(f"training: {made.strategy}; on {made.device}, {made.place}")
     if made.memory:
         console.print(f"memory: {made.memory}")
 
