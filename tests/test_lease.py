@@ -254,6 +254,24 @@ def test_one_that_slept_after_it_had_asked_removes_nothing_that_a_newer_one_make
     assert being_copied in remote.objects.keys("demo/checkpoints/000002/")
 
 
+def test_what_a_killed_holder_left_half_written_goes(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    remote, run = Remote(target.as_uri()), RunDir.named("demo", tmp_path / "home")
+    with hold(run, remote):
+        pass
+    half = target / "demo/checkpoints/000001/step_000000001/.tmp-0123"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half a file")
+    save(run, 2, "next")
+    with hold(run, remote) as held:
+        assert held is not None and held.claim.epoch == 2
+        with Mirror(run, held, 2, LOG):
+            pass
+    assert remote_checkpoints(remote, "demo") == {2: "demo/checkpoints/000002/step_000000002"}
+    assert not half.exists()
+
+
 def test_what_was_copied_before_there_were_leases_counts_until_someone_else_copies(
     tmp_path: Path,
 ) -> None:

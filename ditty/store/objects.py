@@ -63,6 +63,10 @@ class Objects(Protocol):
         """Remove an object; one that is absent is fine."""
         ...
 
+    def debris(self, prefix: str) -> list[str]:
+        """Keys below `prefix` that are being written, or that a killed upload left half written."""
+        ...
+
     def clear_debris(self, prefix: str) -> None:
         """Remove what killed uploads below `prefix` left and no listing shows."""
         ...
@@ -72,6 +76,10 @@ def permanent(error: RemoteError) -> RemoteError:
     """Mark an error that an identical attempt would meet again."""
     error.retryable = False
     return error
+
+
+def _is_temporary(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(STAGING)
 
 
 class Folder:
@@ -148,6 +156,13 @@ class Folder:
 
     def keys(self, prefix: str) -> list[str]:
         """Walk the folder; a folder that cannot be read is an error, not an empty one."""
+        return [key for key in self._walk(prefix) if not _is_temporary(key)]
+
+    def debris(self, prefix: str) -> list[str]:
+        """Temporary files below `prefix`."""
+        return [key for key in self._walk(prefix) if _is_temporary(key)]
+
+    def _walk(self, prefix: str) -> list[str]:
         with self._explained("list"):
             self._need_root()
             top = self.root / prefix.rpartition("/")[0]
@@ -155,7 +170,7 @@ class Folder:
             for folder, _, names in os.walk(top, onerror=_raise_unless_absent):
                 for name in names:
                     key = (Path(folder) / name).relative_to(self.root).as_posix()
-                    if key.startswith(prefix) and not name.startswith(STAGING):
+                    if key.startswith(prefix):
                         found.append(key)
             return sorted(found)
 

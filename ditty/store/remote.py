@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -150,8 +151,13 @@ class Remote:
         return found
 
     def unfinished(self, prefix: str) -> list[str]:
-        """Names below `prefix` that have files and no manifest, sorted: being put, or half gone."""
-        parents = {key.rpartition("/")[0] for key in self._objects.keys(f"{_checked(prefix)}/")}
+        """Names below `prefix` that have files, whole or half, and no manifest, sorted: being put,
+        or half gone."""
+        below = f"{_checked(prefix)}/"
+        keys = [*self._objects.keys(below)]
+        with suppress(RemoteError):  # who may not list these is told by `_tidy`
+            keys += self._objects.debris(below)
+        parents = {key.rpartition("/")[0] for key in keys}
         done = self.names(prefix)
         inside = tuple(f"{name}/" for name in done)
         return sorted(p for p in parents if p not in done and not p.startswith(inside))

@@ -249,10 +249,17 @@ class Bucket:
 
         They cost money and show in no listing.
         """
+        for upload in self._uploads(prefix):
+            self._abort(upload["Key"], upload["UploadId"])
+
+    def debris(self, prefix: str) -> list[str]:
+        """Keys of the multipart uploads below `prefix`."""
+        return sorted(u["Key"].removeprefix(self.prefix) for u in self._uploads(prefix))
+
+    def _uploads(self, prefix: str) -> Iterator[dict[str, Any]]:
         markers = ("KeyMarker", "UploadIdMarker")
         for page in self._pages("list_multipart_uploads", markers, prefix):
-            for upload in page.get("Uploads", []):
-                self._abort(upload["Key"], upload["UploadId"])
+            yield from page.get("Uploads", [])
 
     def _abort(self, key: str, upload_id: str) -> None:
         where = {"Bucket": self.bucket, "Key": key, "UploadId": upload_id}
