@@ -1,7 +1,8 @@
-"""The commands of the guides (deployments/README.md), run as they stand there, one after the other.
+"""The commands of the README and of the guides, run as they stand there, one after the other.
 
-Their specs are made small: a tiny model, rows that are made here, a few steps in one process on the
-CPU. The S3 is moto's. What cannot be run so says what stands in for it.
+Their specs are those of the page, made small: a tiny model, rows that are made here, a few steps in
+one process on the CPU. The S3 is moto's. What cannot be run so says what stands in for it; the
+first two of the README are .ci/run's, and `ditty demo` is test_smollm2.py's.
 """
 
 import io
@@ -26,12 +27,14 @@ from tests.remotes import moto_url, s3_env  # noqa: F401
 from tests.tiny import make_model_folder
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ROOT / "deployments/README.md"
+GUIDES, README = (folder / "README.md" for folder in (ROOT / "deployments", ROOT))
 STANDS_IN = {
+    "serve": "test_serve.py",
     "bench 8b": "test_bench.py: bench tiny",
     "run specs/sharded-qlora.yaml": "test_distributed.py, test_strategies.py: two processes",
     "run specs/chat-lora.yaml --set launch.num_processes=2": "the same",
     "run specs/three-hosts.yaml": "test_machines.py: three machines, which are processes",
+    "plan specs/three-hosts.yaml": "test_slurm.py: a queue that only looks like one",
 }
 SMALL_TRAIN = {"precision": "fp32", "max_steps": 3, "warmup_steps": 0, "save_steps": 3}
 HOLD_OUT = 0.2  # of few rows
@@ -59,11 +62,12 @@ def small(spec: dict[str, Any], model: Path) -> dict[str, Any]:
 
 
 def write_rows(folder: Path) -> None:
-    """Rows of each kind that the specs read."""
+    """Rows of each kind that the pages' specs read."""
     folder.mkdir(exist_ok=True)
     answers = [f"{i} and {i} make {2 * i}, as anyone can count" for i in range(30)]
     for name, row in {
         "pairs": lambda i: {"question": f"What do {i} and {i} make?", "answer": answers[i]},
+        "questions": lambda i: {"question": f"What do {i} and {i} make?", "answer": answers[i]},
         "texts": lambda i: {"text": f"{answers[i]}; " * 3},
         "rows": lambda i: {
             "messages": [
@@ -84,7 +88,7 @@ def place(
     prefect_api: str,
     forked_workers: None,
 ) -> Path:
-    """Where the commands are run, as in `deployments/`."""
+    """Where the commands are run: in `deployments/`, and beside the README's `my-run.yaml`."""
     boto3.resource("s3", endpoint_url=moto_url).create_bucket(Bucket="my-bucket")
     model = make_model_folder(tmp_path / "model")
     write_rows(tmp_path)
@@ -92,6 +96,10 @@ def place(
     for file in (ROOT / "deployments/specs").glob("*.yaml"):
         spec = small(yaml.safe_load(file.read_text()), model)
         (tmp_path / "specs" / file.name).write_text(yaml.safe_dump(spec))
+    (shown,) = re.findall(r"```yaml\n(name: my-run .*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "my-run.yaml").write_text(yaml.safe_dump(small(yaml.safe_load(shown), model)))
+    (code,) = re.findall(r"```python\n# ops.py\n(.*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "ops.py").write_text(code)
     s3_env.chdir(tmp_path)
     # Chat is a process that imports torch, which this one has: test_chat.py has the command.
     s3_env.setattr(chat_command, "subprocess", SimpleNamespace(run=talked))
@@ -133,8 +141,30 @@ def test_the_guides(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in place" in printed["refresh specs/chat-lora.yaml --set promote.margin=0.01"]
 
 
-def test_what_stands_in_for_a_command_of_the_page() -> None:
-    shown = [" ".join(arguments) for _, arguments in lines(GUIDES)]
+@pytest.mark.service
+def test_the_readme(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    instead = {
+        "HuggingFaceTB/SmolLM2-360M-Instruct": str(place / "model"),
+        "~/.cache/ditty": str(place / "home"),
+        "step_000000200": "step_000000003",
+    }
+    printed = {}
+    for variables, arguments in lines(README):
+        text = " ".join(arguments)
+        for shown, ours in instead.items():
+            text = text.replace(shown, ours)
+        if not stands_in(arguments):
+            printed[" ".join(arguments[:3])] = run(variables, text.split(), monkeypatch)
+    assert len(printed) >= 14
+    assert "3/3" in printed["status my-run -w"] and "base" in printed["evaluate my-run.yaml"]
+    assert "held-out loss" in printed["logs my-run -f"]  # of what ran last: evaluate
+    assert "train.learning_rate" in printed["compare my-run other-run"]
+    assert (place / "my-model/model.safetensors").exists() and (place / "model-nf4").exists()
+    assert any("checkpoint" in text for name, text in printed.items() if "lineage" in name)
+
+
+def test_what_stands_in_for_a_command_is_one_of_a_page() -> None:
+    shown = [" ".join(arguments) for page in (README, GUIDES) for _, arguments in lines(page)]
     for start, why in STANDS_IN.items():
         assert any(text.startswith(start) for text in shown), start
         for name in re.findall(r"test_\w+\.py", why):
