@@ -21,7 +21,6 @@ from ditty.store import paths
 if TYPE_CHECKING:
     import datasets
 
-BATCH_ROWS = 1000
 MISSED_WEIGHS_MORE = (0.05, 0.95)
 """Of pairs found in vain, and of pairs missed: 0.94 of those at a threshold of 0.8 are found."""
 SHORTEST = 8
@@ -157,7 +156,7 @@ class _Known:
 def _rows(rows: "datasets.Dataset", columns: list[str] | None) -> Iterator[dict[str, Any]]:
     """Rows as dicts, with these columns."""
     wanted = rows if columns is None else rows.select_columns(columns)
-    for batch in wanted.with_format("arrow").iter(batch_size=BATCH_ROWS):
+    for batch in wanted.with_format("arrow").iter(batch_size=tables.BATCH_ROWS):
         yield from batch.to_pylist()
 
 

@@ -126,7 +126,7 @@ class Pipeline:
         run.root.mkdir(parents=True, exist_ok=True)
         lock = run.training_lock()
         if not world.from_main(lock.acquire(timeout=0) if world.main else True):
-            raise RunBusy(f"another process trains in {self.output_dir}")
+            raise RunBusy(f"another process trains in {self.output_dir}: wait for it, or stop it")
         try:
             return self._train(world, run)
         finally:

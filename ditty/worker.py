@@ -56,7 +56,7 @@ class Job:
 
     @classmethod
     def read(cls, attempt: Path) -> "Job":
-        """Parse attempt/job.json, as `to_json` wrote it."""
+        """Parse attempt/job.json, as whoever launches the stage wrote it."""
         value = read_json(attempt / "job.json")
         assert value is not None, f"{attempt} has no job.json"
         data_dir, trained_dir = value.pop("data_dir"), value.pop("trained_dir", None)

@@ -41,7 +41,7 @@ def quantize(
     the first shard that is missing.
 
     Args:
-        model: Hub id, folder with safetensors, or .gguf file.
+        model: Hub id, folder with safetensors or .bin files, or .gguf file.
         to: The format.
         out: A folder that is made, `s3://bucket/prefix/name`, or `hub:ORG/NAME`; without it, the
             result stays in the store.

@@ -47,7 +47,7 @@ def make_data(ref: StageRef, line: StageLine, spec: RunSpec, store: Store) -> Re
 
 @task(name="model", task_run_name="{ref.title}")
 def make_model(ref: StageRef, work: Work) -> Reference:
-    """`fetch` of a .gguf file, `prequantize`, `merge`: tensors, so in a process of its own."""
+    """`fetch` of .gguf or .bin files, `prequantize`, `merge`, `gguf`: tensors, so in a process."""
     return _in_a_process(ref, work)
 
 

@@ -308,7 +308,10 @@ class DataSpec(Section):
                 "whether it is held out"
             )
         if any(asked) and not self.eval_fraction:
-            raise ValueError(f"{HELD_OUT} needs held-out rows, and eval_fraction is 0")
+            raise ValueError(
+                f"{HELD_OUT} needs held-out rows, and eval_fraction is 0: raise it (0.05 is the "
+                "default), or remove the operation"
+            )
         return self
 
     @property

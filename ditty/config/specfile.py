@@ -150,7 +150,7 @@ def resolve_paths(values: dict[str, Any], base: Path) -> None:
 
 
 def _matches(text: str, base: Path) -> bool:
-    """Whether `text` is a pattern of something below `base`, as `datafiles.find` reads patterns."""
+    """Whether `text` is a pattern of something below `base`, as `data.source` reads them."""
     return paths.is_glob(text) and any(glob.iglob(text, root_dir=base, recursive=True))  # noqa: PTH207
 
 

@@ -2,7 +2,7 @@
 
 Or a model that was trained whole, in another dtype. One tensor at a time, and peft does the
 arithmetic: the model is built without weights, its adapter is loaded, and each layer gets its base
-weight for as long as it is merged. In memory are the adapter, one shard of the result, and about
+weight for as long as it is merged. In memory are the adapter, two shards of the result, and about
 three fp32 copies of the largest tensor that changes.
 """
 

@@ -53,7 +53,10 @@ def write_vocabulary(
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{folder} has no tokenizer.json, and a .gguf file is made of one")
+        raise ModelError(
+            f"{folder} has no tokenizer.json, and a .gguf file is made of one: use --to merged, or "
+            "save a fast tokenizer beside the base model"
+        )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens, types = _tokens(tokenizer)
     by_bytes = _splits_bytes(backend)

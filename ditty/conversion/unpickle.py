@@ -38,7 +38,9 @@ def convert_pickled(source: Path, out: Path, progress: Progress | None = None) -
     ]
     names = [piece.name for piece in pieces]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ModelError(f"two files of {source} hold {twice[0]}: which one counts?")
+        raise ModelError(
+            f"two files of {source} hold {twice[0]}: remove the one that does not count"
+        )
     shards = write_shards(pieces, out, progress)
     shutil.copyfile(source / "config.json", out / "config.json")
     copy_beside(source, out)

@@ -104,7 +104,7 @@ def make_parallel(
     """The strategy by which `module` was made.
 
     Args:
-        optimizer: see hooks.Hooks.
+        optimizer: see ditty.training.hooks.
     Raises:
         RunError: it is not the one that `train.sharding` asks for.
         SpecError: it takes no optimizer but its own.

@@ -104,8 +104,8 @@ def identify(base_model: str, revision: str | None = None) -> BaseModelRef:
         return BaseModelRef(str(path), Kind.GGUF, {"sha256": sha256_once(path)})
     if path.exists():
         raise ModelError(
-            f"{base_model} is a file, expected a folder with config.json and safetensors, "
-            "a .gguf file, or a hub id such as org/name"
+            f"{base_model} is a file, expected a folder with config.json and safetensors "
+            "(or .bin files), a .gguf file, or a hub id such as org/name"
         )
     if not HUB_ID.fullmatch(base_model) or ".." in base_model:
         raise ModelError(_unknown_path(base_model))

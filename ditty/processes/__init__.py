@@ -1,1 +1,1 @@
-"""Starting a stage in processes of its own, and leaving none behind."""
+"""Starting a stage in processes of its own, on this machine or as a cluster's job."""

@@ -58,8 +58,8 @@ def run_stage(
 ) -> Result:
     """Run `python -m ditty.worker STAGE ATTEMPT` to its end.
 
-    Writes `job.json`, `launch.json` and, where distributed, `accelerate.yaml` into `attempt`; the
-    output goes to `log.txt` there.
+    Writes `job.json`, `launch.json` and, where distributed, `accelerate.yaml` into `attempt` (on a
+    cluster each machine its own, in `machines/`); the output goes to `log.txt` there.
 
     Args:
         job: what the worker is to do; JSON values.
@@ -74,7 +74,9 @@ def run_stage(
         SpecError: the launch does not fit this machine, or the place where it is to run.
         RunError: this is not Linux.
         RunBusy: the attempt's processes do other work than `job`.
-        whatever `on_line` and `check` raise, after the stage's processes are gone.
+        RemoteError: the place where it is to run does not answer.
+        whatever `on_line` and `check` raise, after the stage's processes are gone, or the place
+            where they run has been told to end them.
     """
     attempt = attempt.absolute()
     _write_job(attempt, job)
@@ -107,8 +109,8 @@ def _write_job(attempt: Path, job: Mapping[str, Any]) -> None:
     elif found["key"] != job["key"]:
         raise RunBusy(
             f"the processes of {attempt} still work at another spec of this name (key "
-            f"{found['key'][:12]}, not {job['key'][:12]}): wait for them, or cancel them where "
-            f"they run ({attempt / 'launch.json'}), then run again"
+            f"{found['key'][:12]}, not {job['key'][:12]}): wait for them, or cancel them "
+            "(on Slurm, `squeue --me` lists their job), then run again"
         )
 
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _run(_stage_run(stage, attempt, distributed=options == ["--distributed"]))
     except DittyError as error:
-        print(f"ERROR ditty.node: {error}", flush=True)  # noqa: T201  (the job's log)
+        print(f"ERROR ditty.processes.node: {error}", flush=True)  # noqa: T201  (the job's log)
         if read_result(attempt) is None:
             kind = type(error).__name__
             write_result(attempt, Result(Status.FAILED, 0, kind, str(error), error.retryable))

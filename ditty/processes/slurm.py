@@ -75,7 +75,10 @@ class Slurm:
         with locked(run.attempt.parent / "submit"):  # against another flow of this run
             found = _find(name, run.attempt.parent)
             if found and found[1] != run.attempt:
-                raise RemoteError(f"job {found[0]} of {found[1]} was submitted just now")
+                raise RemoteError(
+                    f"job {found[0]} of {found[1]} was submitted just now, by another flow of this "
+                    "run: run again, and it is taken up"
+                )
             number = found[0] if found else _submit(run, name)
         log.info("%s is job %s of Slurm%s", name, number, ", found again" if found else "")
         yield Job(number, run)
@@ -183,7 +186,9 @@ def _call(*argv: str, env: dict[str, str] | None = None) -> str:
             timeout=ANSWER_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RemoteError(f"{argv[0]}: {error}") from error
+        raise RemoteError(
+            f"{argv[0]} does not answer: {error}; try it by hand on this machine"
+        ) from error
     if answer.returncode:
         raise RemoteError(answer.stderr.strip() or f"{argv[0]} ended with {answer.returncode}")
     return answer.stdout

@@ -1,7 +1,7 @@
 """Quantization of a checkpoint that need not fit in memory: one tensor at a time.
 
 The result is what transformers' own quantization gives, bit for bit, in the memory of one tensor
-and one output shard; `from_pretrained` loads it and quantizes nothing.
+and two output shards; `from_pretrained` loads it and quantizes nothing.
 
 On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place in an eval-mode forward, which
 spoils later gradients. That concerns who loads the result (ditty.models.model.keep_4bit_weights

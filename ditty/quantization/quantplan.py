@@ -73,7 +73,10 @@ def skeleton(
         source, dtype, lambda config: quantizer, trust_remote_code=trust_remote_code
     )
     if not any(is_quantized(model, name) for name, _ in model.named_parameters()):
-        raise ModelError(f"the model in {source} has no linear layer that could be quantized")
+        raise ModelError(
+            f"the model in {source} has no linear layer that could be quantized: use "
+            "model.quantization: none"
+        )
     return model
 
 

@@ -41,7 +41,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_known: dict[tuple[int, int, int, int], str] = {}
+_known: dict[tuple[int, ...], str] = {}
 
 
 def sha256_once(path: Path) -> str:
@@ -50,7 +50,7 @@ def sha256_once(path: Path) -> str:
     For what this process has written or only reads; whoever looks for damage reads again.
     """
     stat = path.stat()
-    file = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    file = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     if file not in _known:
         _known[file] = sha256_file(path)
     return _known[file]

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent, and a resume that continues bit by bit.
 
-A checkpoint is a committed directory (artifacts.py) below the run's `checkpoints`:
+A checkpoint is a committed directory (ditty.store.artifacts) below the run's `checkpoints`:
 
     shard_00000.safetensors   one a process: its parts of the trained weights and of the optimizer
     rng_00000.safetensors     one a process: torch, CUDA, numpy and Python generators

@@ -2,7 +2,7 @@
 
 The whole model in one program would take minutes to compile, and a size that changes from step to
 step would compile it anew each time; so batches are filled up to one of a few sizes
-(batches.fill_up). Evaluation and generation run as they stand.
+(ditty.models.batches). Evaluation and generation run as they stand.
 """
 
 import logging

@@ -34,7 +34,7 @@ def token_loss_sum(forward: torch.nn.Module, model: PreTrainedModel, batch: Batc
     Args:
         forward: what is called: `model`, or a wrapper of it such as DeepSpeed's engine.
         model: the transformers model inside, for its configuration.
-        batch: flat, on the model's device (batches.collate).
+        batch: flat, on the model's device (ditty.models.batches).
     """
     kwargs = forward_kwargs(model, batch)
     predicts, targets = batch["predicts"], batch["targets"]

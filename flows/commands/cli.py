@@ -163,7 +163,7 @@ def export(
 
 def quantize(
     model: Annotated[
-        str, typer.Argument(help="A hub id, a folder with safetensors, or a .gguf file.")
+        str, typer.Argument(help="A hub id, a folder with safetensors or .bin files, or .gguf.")
     ],
     to: Annotated[Quantization, typer.Option(help="The format.")] = Quantization.NF4,
     out: Annotated[

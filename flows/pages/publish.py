@@ -159,7 +159,7 @@ def publish_lineage(result: Path, name: str, store: Store) -> None:
 
 
 def publish_evaluation(name: str, found: dict[str, dict[str, Any]]) -> None:
-    """A table of held-out losses: what was evaluated -> what `tasks.evaluation` says of it."""
+    """A table of held-out losses: what was evaluated -> what `flows.tasks` says of it."""
     rows = []
     for what, values in found.items():
         held_out = {k: v for k, v in values.items() if k not in ("tasks", "samples")}
