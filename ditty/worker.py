@@ -23,7 +23,7 @@ from ditty.errors import LESS_MEMORY, Crashed, DittyError, OutOfMemory, Preempte
 from ditty.processes.signals import show_stack_when_asked
 from ditty.runs.rundir import Result, RunDir, Status, write_result
 from ditty.store.artifacts import Make, Store
-from ditty.store.files import read_json, write_json
+from ditty.store.files import locked, read_json, write_json
 from ditty.store.readahead import read_folder_ahead
 
 log = logging.getLogger("ditty.worker")
@@ -176,7 +176,11 @@ def bench(job: Job, attempt: Path) -> Result:
 def _build(job: Job, stage: str, make: Make, *, resumable: bool = False) -> Result:
     base_model = job.spec.model.base_model
     facts: dict[str, Any] = {"stage": stage, "inputs": job.inputs, "base_model": base_model}
-    Store(job.home).build(stage, job.key, facts, make, resumable=resumable)
+    store = Store(job.home)
+    # The flow holds the artifact's own lock, and may die before this process, on a cluster: then
+    # another flow starts another job for it.
+    with locked(store.lock(f"{stage}-job", job.key).path):
+        store.build(stage, job.key, facts, make, resumable=resumable)
     return Result(Status.OK)
 
 

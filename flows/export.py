@@ -9,6 +9,7 @@ from ditty.config.choices import Adapter, Device, ExportDtype, ExportTo, Precisi
 from ditty.config.spec import RunSpec
 from ditty.errors import RunError, SpecError
 from ditty.pretrained import basemodel
+from ditty.processes.launch import backend_of
 from ditty.results.package import GENERATION_CONFIG, generation_config, package_ref, taught_ends
 from ditty.runs.status import Trained, find_trained
 from ditty.stages import share, stageline
@@ -92,6 +93,8 @@ def export(
 
     # The machine that trained may have had a GPU; a merge needs none.
     launch = trained.spec.launch.model_copy(update={"device": Device.CPU})
+    if to is not ExportTo.ADAPTER:
+        backend_of(launch).check(launch)
     return framed(Caller.of(trained.spec.model_copy(update={"launch": launch}), store), body)
 
 

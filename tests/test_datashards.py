@@ -58,6 +58,9 @@ def halves_and_wholes(row):
 def sums(rows):
     return {"sum": [sum(rows["n"]), len(rows["n"])]}
 
+def late(rows):
+    return {"prompt": [f"{n}" for n in rows["n"] if n > 2500]}
+
 def fails(row):
     if row["n"] == 3210:
         raise KeyError("body")
@@ -355,6 +358,7 @@ ROW_OPERATIONS = [
     ("filter", "kept", {}),
     ("map", "halves_and_wholes", {"remove_columns": ["text"]}),
     ("map", "sums", {"batched": True, "remove_columns": ["text", "n"]}),
+    ("map", "late", {"batched": True, "remove_columns": ["text", "n"]}),  # none of the first rows
 ]
 
 

@@ -22,6 +22,7 @@ from ditty.store.artifacts import Store, verify
 from ditty.store.files import read_json
 from flows import line, tasks
 from flows.cancel import CancelRequested
+from flows.commands import cli
 from flows.commands.progress import Event, EventState, listen
 from flows.finetune import finetune
 from tests.processes import Holder, start_flow
@@ -217,6 +218,8 @@ def test_a_cancel_that_no_runner_carries_out_ends_as_cancelled(
     monkeypatch.setattr(tasks, "run_attempt", attempt)
     state: Any = finetune(spec, return_state=True)
     assert state.is_cancelled() and state.message == "nobody else could stop it"
+    with pytest.raises(Cancelled, match="^nobody else could stop it$"):  # `ditty run`: no traceback
+        cli._returned(finetune, spec)
 
 
 def test_the_form_knows_every_section() -> None:

@@ -73,6 +73,17 @@ def test_snapshot_with_a_missing_file_is_none(server: FakeHub) -> None:
     assert hub.snapshot(REPO, COMMIT) == folder
 
 
+def test_snapshot_of_pickled_weights_without_a_tokenizer_is_none(
+    server: FakeHub, tmp_path: Path
+) -> None:
+    """As AutoModel.from_pretrained of another program leaves it."""
+    (tmp_path / "repository" / "model.safetensors").unlink()
+    folder = hub.download(REPO, COMMIT)
+    assert hub.snapshot(REPO, COMMIT) == folder and (folder / "pytorch_model.bin").exists()
+    (folder / "tokenizer.json").unlink()
+    assert hub.snapshot(REPO, COMMIT) is None
+
+
 @pytest.mark.parametrize("revision", [None, "v1"])
 def test_without_the_hub_a_downloaded_revision_is_known(
     server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None

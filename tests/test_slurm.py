@@ -128,11 +128,15 @@ def test_the_options_of_a_job(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["gres", "gpus-per-task"])
-def test_gpus_are_asked_for_once(name: str, tmp_path: Path) -> None:
-    run = stage_run(tmp_path, device="cuda", slurm={"options": {name: "a100:1"}})
+@pytest.mark.parametrize(
+    ("name", "value", "asked"),
+    [("gres", "gpu:1", 0), ("gpus-per-task", "1", 0), ("gres", "lscratch:100", 1)],
+)
+def test_gpus_are_asked_for_once(name: str, value: str, asked: int, tmp_path: Path) -> None:
+    run = stage_run(tmp_path, device="cuda", slurm={"options": {name: value}})
     found = options(batch_script(run, "job"))
-    assert f"{name}=a100:1" in found and not any("gpus-per-node" in option for option in found)
+    assert f"{name}={value}" in found
+    assert sum("gpus-per-node" in option for option in found) == asked
 
 
 class Script:
@@ -364,6 +368,29 @@ def test_one_that_was_put_back_is_waited_for(queue: Queue) -> None:
     assert result == Result(Status.OK, 9) and beats == [False]
 
 
+def test_one_that_is_suspended_is_not_taken_for_hung(queue: Queue) -> None:
+    """Its ranks still have their directory when they go on."""
+    beats: list[list[str]] = []
+
+    def runs() -> None:
+        (queue.newest / "heartbeat").mkdir()
+        (queue.newest / "heartbeat" / "rank_00000.json").write_text("{}")
+        queue.becomes("1", "RUNNING")
+
+    def look() -> None:
+        beats.append([path.name for path in (queue.newest / "heartbeat").iterdir()])
+
+    result = queue.attempt(
+        runs,
+        look,
+        lambda: queue.becomes("1", "SUSPENDED"),
+        lambda: None,
+        look,
+        lambda: queue.ends("COMPLETED", Result(Status.OK, 9)),
+    )
+    assert result == Result(Status.OK, 9) and beats == [["rank_00000.json"], []]
+
+
 @pytest.mark.parametrize(
     ("state", "result", "error", "retryable"),
     [
@@ -415,6 +442,18 @@ def test_whoever_stops_the_flow_cancels_the_job(queue: Queue) -> None:
     with pytest.raises(KeyboardInterrupt):
         queue.attempt(lambda: queue.becomes("1", "RUNNING"), stop)
     assert queue.of_job("1", "state") == "CANCELLED"
+
+
+def test_an_sbatch_that_does_not_answer_is_asked_again(queue: Queue, monkeypatch) -> None:
+    """It may have submitted the job: the next attempt finds that."""
+    monkeypatch.setattr(slurm, "ANSWER_SECONDS", 1.0)
+    sbatch = (queue.commands / "sbatch").read_text()
+    queue.program("sbatch", sbatch + "exec sleep 60\n")
+    with pytest.raises(RemoteError, match="sbatch does not answer") as caught:
+        queue.attempt()
+    assert caught.value.retryable and queue.jobs() == ["1"]
+    queue.attempt(lambda: queue.ends("COMPLETED", Result(Status.OK, 9)))
+    assert queue.jobs() == ["1"]
 
 
 def test_what_sbatch_refuses_is_told_in_its_words(queue: Queue) -> None:

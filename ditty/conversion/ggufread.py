@@ -66,9 +66,19 @@ def gguf_pieces(file: Path, model: "PreTrainedModel") -> list[Piece]:
     ]
 
 
+def _unpacked(file: Path, name: str, source: Source) -> torch.Tensor:
+    try:
+        return source.make()
+    except (NotImplementedError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{name} in {file} cannot be unpacked: {error}. Give the model as a folder with "
+            "safetensors"
+        ) from error
+
+
 def _piece(file: Path, name: str, shape: torch.Size, source: Source) -> Piece:
     def make() -> Parts:
-        made = source.make().to(DTYPE).contiguous()
+        made = _unpacked(file, name, source).to(DTYPE).contiguous()
         if made.shape != shape:
             raise ModelError(
                 f"{name} in {file} has shape {list(made.shape)}, the file's own settings make it "

@@ -69,14 +69,18 @@ def first_types(operation: Operation, source: Path, out: Path) -> Any:
     """The types that `map` finds in its first rows, and that the rest is converted to.
 
     `datasets` looks again in each process and part, and fails where these find others: floats in
-    one and only whole numbers in the next. `out` is for what it writes meanwhile.
+    one and only whole numbers in the next. `out` is for what it writes meanwhile. None: it leaves
+    no row.
 
     Raises:
         DataError: see `apply`.
     """
-    part = Part(range(tables.BATCH_ROWS))
-    with _applied(operation, _rows(source, part.rows), out, part) as after:
-        return after.features
+    for first in range(0, read_manifest(source).facts["rows"], tables.BATCH_ROWS):
+        part = Part(range(first, first + tables.BATCH_ROWS))
+        with _applied(operation, _rows(source, part.rows), out, part) as after:
+            if after.num_rows:
+                return after.features
+    return None
 
 
 def merge(operation: Operation, parts: Sequence[Path], out: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ditty.errors import ModelError, RemoteError
-from ditty.pretrained.modelfolder import TOKENIZER, pickled_files, weight_files
+from ditty.pretrained.modelfolder import TOKENIZER, pickled_files, tokenizer_files, weight_files
 from ditty.store.files import make_dir, write_atomic
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,9 @@ def snapshot(repo: str, commit: str) -> Path | None:
             )
         )
         # A cache that has no listing of the repository passes the above.
-        if not pickled_files(folder):
+        if pickled_files(folder):
+            tokenizer_files(folder)
+        else:
             weight_files(folder)
     except (LocalEntryNotFoundError, ModelError):
         return None

@@ -86,7 +86,11 @@ def _own_options(run: StageRun, job_name: str) -> Iterator[str]:
 
 
 def _asks_for_gpus(slurm: SlurmSpec) -> bool:
-    return any(name == "gres" or name.startswith("gpus") for name in slurm.options)
+    resources = ("gres", "tres-per-node", "tres-per-task")  # which may be others than GPUs
+    return any(
+        name.startswith("gpus") or (name in resources and "gpu" in str(value))
+        for name, value in slurm.options.items()
+    )
 
 
 def _options(slurm: SlurmSpec) -> Iterator[str]:

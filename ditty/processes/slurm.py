@@ -33,6 +33,7 @@ ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
     + ("PREEMPTED", "REVOKED", "TIMEOUT")
 )
+STANDING = frozenset(("SUSPENDED", "STOPPED"))  # its processes are there, and do nothing
 FORGOTTEN = "Invalid job id specified"  # squeue, minutes after a job's end
 # sbatch's words where the same again may succeed.
 PASSING = ("Unable to contact slurm controller", "Socket timed out", "Resource temporarily")
@@ -105,6 +106,10 @@ class Job:
         if state == "PENDING":
             # Those of the start before; that they do not beat is no sign of a hang.
             remove_tree(self.run.attempt / "heartbeat")
+        if state in STANDING:
+            # The same, of processes that will write the next ones there.
+            for beat in (self.run.attempt / "heartbeat").glob("rank_*.json"):
+                beat.unlink(missing_ok=True)
         if state in ENDED or state == FORGOTTEN:
             how = f"Slurm's state {state} of job {self.number}"
             return Ended(how, cancelled=state == "CANCELLED")
@@ -165,7 +170,8 @@ def _submit(run: StageRun, name: str) -> str:
     try:
         return _call(*argv, env=_configuration() | env).strip().partition(";")[0]
     except RemoteError as error:
-        if any(word in str(error) for word in PASSING):
+        no_answer = error.__cause__ is not None  # and perhaps it was submitted: it is looked for
+        if no_answer or any(word in str(error) for word in PASSING):
             raise
         raise SpecError(f"{error}\nLook at launch.slurm; the script is {script}") from error
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from ditty.config.choices import ExportDtype, ExportTo, Precision, Quantization
 from ditty.config.gates import measures
 from ditty.config.spec import RunSpec
 from ditty.config.specfile import load_spec
-from ditty.errors import DittyError
+from ditty.errors import Cancelled, DittyError
 from ditty.planning import preflight
 from ditty.runs.status import find_trained
 from ditty.store.artifacts import Store, read_manifest
@@ -259,8 +260,16 @@ def _call(flow: str, *arguments: Any) -> dict[str, Any]:
             stack.enter_context(local_server())
         stack.enter_context(quiet_console())
         stack.enter_context(listen(stack.enter_context(StageLines(console))))
-        result: dict[str, Any] = called(*arguments)
-        return result
+        return _returned(called, *arguments)
+
+
+def _returned(flow: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    from prefect.exceptions import CancelledRun
+
+    try:
+        return flow(*arguments)
+    except CancelledRun as error:  # what Prefect makes of a state, and its message
+        raise Cancelled(str(error)) from error
 
 
 def _print_losses(result: dict[str, Any]) -> None:
