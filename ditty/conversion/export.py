@@ -19,11 +19,7 @@ from safetensors.torch import load_file
 
 from ditty.errors import ModelError
 from ditty.models.model import reason
-from ditty.models.skeleton import build_empty
-from ditty.models.weights import CheckpointNames, kept_in_fp32
-from ditty.pretrained.modelfolder import check_folder
-from ditty.pretrained.tensorfiles import Header, headers
-from ditty.quantization.shards import (
+from ditty.models.shards import (
     DTYPES,
     Parts,
     Piece,
@@ -32,6 +28,10 @@ from ditty.quantization.shards import (
     weight_bytes,
     write_shards,
 )
+from ditty.models.skeleton import build_empty
+from ditty.models.weights import CheckpointNames, kept_in_fp32
+from ditty.pretrained.modelfolder import check_folder
+from ditty.pretrained.tensorfiles import Header, headers
 from ditty.store.files import read_json, write_json
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from ditty.config.choices import ExportDtype
 from ditty.conversion.ggufarch import Architecture, architecture_of, rope_factors, write_shape
 from ditty.conversion.ggufvocab import write_vocabulary
 from ditty.errors import ModelError
+from ditty.models.shards import Progress, check_disk
 from ditty.pretrained.tensorfiles import Header, headers
-from ditty.quantization.shards import Progress, check_disk
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -29,6 +29,7 @@ from ditty.errors import ModelError
 from ditty.pretrained.modelfolder import weight_files
 
 ROWS_AT_ONCE = 4096  # of a large embedding: 100 MB
+MADE_HERE = ".weight_scale"  # of a float8 layer: no checkpoint has it before
 
 
 @dataclass
@@ -78,6 +79,21 @@ def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], 
         return None if match is None else exceptions[groups[str(match.lastgroup)]]
 
     return kept
+
+
+def check_complete(model: PreTrainedModel, seen: set[str], source: Path) -> None:
+    """Raise for a parameter that no tensor fills: from_pretrained would make it up at random."""
+    tied = model.all_tied_weights_keys
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name.endswith(MADE_HERE):
+            continue
+        root = tied.get(name, name)
+        same = {name, root, *(target for target, origin in tied.items() if origin == root)}
+        if not same & seen:
+            raise ModelError(
+                f"{source} has no tensor for {name}: the checkpoint is incomplete, "
+                "or its config.json is of another model"
+            )
 
 
 class WeightFiles:

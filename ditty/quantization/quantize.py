@@ -21,10 +21,7 @@ from safetensors import safe_open
 
 from ditty.config.choices import Quantization
 from ditty.errors import ModelError
-from ditty.pretrained.modelfolder import check_folder
-from ditty.quantization.formats import FORMATS, Pack, model_card
-from ditty.quantization.quantplan import Tensor, plan, skeleton, stacks
-from ditty.quantization.shards import (
+from ditty.models.shards import (
     DTYPES,
     Parts,
     Piece,
@@ -33,6 +30,9 @@ from ditty.quantization.shards import (
     weight_bytes,
     write_shards,
 )
+from ditty.pretrained.modelfolder import check_folder
+from ditty.quantization.formats import FORMATS, Pack, model_card
+from ditty.quantization.quantplan import Tensor, plan, skeleton, stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
