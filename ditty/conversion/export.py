@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ditty.errors import ModelError
@@ -25,6 +24,7 @@ from ditty.models.shards import (
     Piece,
     Progress,
     copy_beside,
+    tensor_of,
     weight_bytes,
     write_shards,
 )
@@ -73,9 +73,7 @@ class Weight:
         return Piece(self.source.name, source.size, size, self._make, source)
 
     def _make(self) -> Parts:
-        # Opened for each tensor: the pages of a mapping count as ours for as long as it is open.
-        with safe_open(self.source.file, framework="pt") as file:
-            value = file.get_tensor(self.source.name)
+        with tensor_of(self.source.file, self.source.name) as value:
             if self.change is None:
                 return {self.name: value.to(self.dtype or value.dtype, copy=True)}
             assert self.dtype is not None, f"{self.name} is trained, and {self.source.dtype}"

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from ditty.errors import ModelError
+from ditty.models.shards import tensor_of
 from ditty.pretrained.modelfolder import weight_files
 
 ROWS_AT_ONCE = 4096  # of a large embedding: 100 MB
@@ -182,7 +183,7 @@ class WeightFiles:
             _check_shape(name, list(whole.shape), expected, self.folder)
             return whole.reshape(-1)[start:stop].clone()
         file, key, _ = source.tensors[0]
-        # Opened for each read: the pages of a mapping count as ours for as long as it is open.
+        # Opened for each read, as in tensor_of.
         with safe_open(file, framework="pt") as opened:
             part = opened.get_slice(key)
             found = list(part.get_shape())
@@ -199,8 +200,8 @@ class WeightFiles:
         """The scales and code books of the quantized weight `name`, by their own names."""
         found = {}
         for file, key in self.statistics.get(name, ()):
-            with safe_open(file, framework="pt") as opened:
-                value = opened.get_tensor(key).clone()
+            with tensor_of(file, key) as view:
+                value = view.clone()
             self._count(value.nbytes)
             found[key.partition(".weight.")[2]] = value
         return found
@@ -212,8 +213,8 @@ class WeightFiles:
     def _convert(self, source: Source) -> dict[str, torch.Tensor]:
         converter: Any = deepcopy(source.converter)
         for file, key, pattern in source.tensors:
-            with safe_open(file, framework="pt") as opened:
-                value = opened.get_tensor(key).clone()
+            with tensor_of(file, key) as view:
+                value = view.clone()
             self._count(value.nbytes)
             converter.add_tensor(source.target, key, pattern, value)
         config = self.model.config
