@@ -29,7 +29,7 @@ from ditty.models.shards import (
     write_shards,
 )
 from ditty.models.skeleton import build_empty
-from ditty.models.weights import CheckpointNames, kept_in_fp32
+from ditty.models.weights import CheckpointNames, kept_in_fp32, tied_groups
 from ditty.pretrained.modelfolder import check_folder
 from ditty.pretrained.tensorfiles import Header, headers
 from ditty.store.files import read_json, write_json
@@ -118,7 +118,7 @@ def merge(
     """
     _check(base, dtype)
     model = build_empty(base, torch.float32, _no_quantizer, trust_remote_code=trust_remote_code)
-    names, tied = CheckpointNames(model), _tied_groups(model)
+    names, tied = CheckpointNames(model), tied_groups(model)
     target_dtype = _target_dtype(model, dtype)
     changes = _changes(_adapted(model, adapter, base)) if adapter else {}
     weights = list(_weights(base, names, tied, changes, target_dtype))
@@ -148,15 +148,6 @@ def _check(base: Path, dtype: str | None) -> None:
             f"{base} is quantized, and an adapter is merged into unquantized weights only: use the "
             "adapter as it is, beside this base"
         )
-
-
-def _tied_groups(model: "PreTrainedModel") -> dict[str, list[str]]:
-    """Each name of a tied weight -> all names of it."""
-    tied = model.all_tied_weights_keys
-    groups: dict[str, list[str]] = {}
-    for name, root in tied.items():
-        groups.setdefault(root, [root]).append(name)
-    return {name: group for group in groups.values() for name in group}
 
 
 def _target_dtype(
@@ -307,7 +298,7 @@ def _write_beside(
     if not untied:
         return
     model = build_empty(out, torch.float32, _no_quantizer, trust_remote_code=trust_remote_code)
-    if still := sorted(set(untied) & set(_tied_groups(model))):
+    if still := sorted(set(untied) & set(tied_groups(model))):
         raise ModelError(
             f"the adapter changes one of {', '.join(still)}, which are one weight in the model of "
             f"{base}, and its config.json cannot say otherwise: use the adapter as it is"

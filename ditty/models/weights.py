@@ -82,15 +82,21 @@ def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], 
     return kept
 
 
+def tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Each name of a tied weight -> all names of it."""
+    groups: dict[str, list[str]] = {}
+    for name, root in model.all_tied_weights_keys.items():
+        groups.setdefault(root, [root]).append(name)
+    return {name: group for group in groups.values() for name in group}
+
+
 def check_complete(model: PreTrainedModel, seen: set[str], source: Path) -> None:
     """Raise for a parameter that no tensor fills: from_pretrained would make it up at random."""
-    tied = model.all_tied_weights_keys
+    tied = tied_groups(model)
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name.endswith(MADE_HERE):
             continue
-        root = tied.get(name, name)
-        same = {name, root, *(target for target, origin in tied.items() if origin == root)}
-        if not same & seen:
+        if seen.isdisjoint(tied.get(name, [name])):
             raise ModelError(
                 f"{source} has no tensor for {name}: the checkpoint is incomplete, "
                 "or its config.json is of another model"
@@ -109,7 +115,7 @@ class WeightFiles:
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel):
-        self.folder, self.model = folder, model
+        self.folder, self.model, self._tied = folder, model, tied_groups(model)
         self.bytes_read = 0
         self._lock = Lock()
         self.sources: dict[str, Source] = {}
@@ -158,9 +164,7 @@ class WeightFiles:
         Raises:
             ModelError: it is not there: from_pretrained would make it up at random.
         """
-        tied = self.model.all_tied_weights_keys
-        root = tied.get(name, name)
-        for alias in (name, root, *(t for t, origin in tied.items() if origin == root)):
+        for alias in (name, *self._tied.get(name, ())):
             if alias in self.sources:
                 return self.sources[alias]
         raise ModelError(
