@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 
 from ditty.errors import ModelError
 from ditty.models.shards import tensor_of
-from ditty.pretrained.modelfolder import weight_files
+from ditty.pretrained.tensorfiles import headers
 
 ROWS_AT_ONCE = 4096  # of a large embedding: 100 MB
 MADE_HERE = ".weight_scale"  # of a float8 layer: no checkpoint has it before
@@ -111,7 +111,7 @@ class WeightFiles:
         model: the model, on the meta device; its layers as the folder has them (quantized ones
             replaced). It learns how its weights were named, for save_pretrained.
     Raises:
-        ModelError: no safetensors, or two weights in them that config.json makes one.
+        ModelError: no safetensors, damaged ones, or two weights in them that config.json makes one.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel):
@@ -127,7 +127,9 @@ class WeightFiles:
         model = self.model
         names = CheckpointNames(model)
         by_pattern = {p: c for c in names.converters for p in c.source_patterns}
-        for file, name in _names(weight_files(self.folder)):
+        # In the order in which transformers converts them: layer 2 before layer 10.
+        for header in sorted(headers(self.folder), key=lambda h: dot_natural_key(h.name)):
+            file, name = header.file, header.name
             owner, dot, statistic = name.partition(".weight.")
             if dot and statistic:  # bitsandbytes' "x.weight.absmax": goes with x.weight
                 found = names.target(f"{owner}.weight")[0]
@@ -224,15 +226,6 @@ class WeightFiles:
         config = self.model.config
         made = converter.convert(source.target, model=self.model, config=config)
         return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
-
-
-def _names(files: list[Path]) -> list[tuple[Path, str]]:
-    """(file, tensor) in the order in which transformers converts them: layer 2 before layer 10."""
-    found = []
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            found += [(file, name) for name in opened.keys()]  # noqa: SIM118
-    return sorted(found, key=lambda item: dot_natural_key(item[1]))
 
 
 def _same(one: Source, other: Source) -> bool:
