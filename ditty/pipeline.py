@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ditty.config.choices import FinalWeights
-from ditty.config.spec import LaunchSpec, ModelSpec, RunSpec, TrainSpec
+from ditty.config.launchspec import LaunchSpec
+from ditty.config.spec import ModelSpec, RunSpec, TrainSpec
 from ditty.config.specfile import parse_spec
 from ditty.conversion.modelstages import base_folder, quantized_folder
 from ditty.distributed.load import load_module

@@ -5,7 +5,7 @@ from typing import Any
 from prefect import Task
 from prefect.logging import get_run_logger
 
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.runs.rundir import RunDir
 
 MOST_DOUBLINGS = 9

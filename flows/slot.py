@@ -13,7 +13,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
 from ditty.config.choices import Place
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import RunError
 from flows.cancel import CancelWatch
 

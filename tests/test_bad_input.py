@@ -263,7 +263,7 @@ def test_unwritable_store(tmp_path, no_process, monkeypatch):
 
 
 def test_no_gpu(tmp_path, no_process):
-    from ditty.config.spec import LaunchSpec
+    from ditty.config.launchspec import LaunchSpec
     from ditty.processes.environment import resolve_device
 
     if resolve_device(LaunchSpec()) == "cuda":

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ditty.config.choices import Device
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import SpecError
 from ditty.processes import environment
 from ditty.processes.environment import child_environment, resolve_device

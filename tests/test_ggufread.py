@@ -25,7 +25,7 @@ from transformers import (
 from ditty.conversion import ggufread
 from ditty.conversion.convert import convert_gguf
 from ditty.errors import ModelError
-from ditty.quantization import shards
+from ditty.models import shards
 from tests.architectures import HEADS, OLDER
 from tests.test_quantize import digests
 from tests.test_shards import stamps

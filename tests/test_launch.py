@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from ditty.config.choices import Device
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.processes.environment import child_environment
 from ditty.processes.launch import follow
 from ditty.processes.local import guarded

@@ -14,7 +14,8 @@ from ditty.config.spec import TrainSpec
 from ditty.conversion import unpickle
 from ditty.distributed.world import World
 from ditty.errors import DataError, SpecError
-from ditty.quantization import quantize, shards
+from ditty.models import shards
+from ditty.quantization import quantize
 from ditty.runs.rundir import RunDir
 from ditty.stages import share
 from ditty.training.feed import packed_feed, row_lengths

@@ -16,7 +16,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import SpecError
 from ditty.processes.environment import child_environment
 from ditty.processes.local import accelerate_command

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ditty.config.choices import ActivationCheckpointing, Sharding
-from ditty.config.spec import LaunchSpec, RunSpec, TrainSpec
+from ditty.config.launchspec import LaunchSpec
+from ditty.config.spec import RunSpec, TrainSpec
 from ditty.distributed.parallel import make_parallel
 from ditty.distributed.world import single
 from ditty.errors import LESS_MEMORY, SpecError

@@ -19,8 +19,8 @@ from ditty.config.spec import ModelSpec
 from ditty.conversion import export
 from ditty.conversion.export import merge
 from ditty.errors import ModelError
+from ditty.models import shards
 from ditty.models.model import add_adapter, load_base, save_trained, trainable
-from ditty.quantization import shards
 from ditty.quantization.quantize import quantize
 from ditty.store.files import read_json, write_json
 from tests.architectures import make, rewrite

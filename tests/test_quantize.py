@@ -29,8 +29,9 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from ditty.config.choices import Quantization
 from ditty.errors import ModelError, StoreError
+from ditty.models import shards
 from ditty.pretrained.tensorfiles import Header
-from ditty.quantization import formats, shards
+from ditty.quantization import formats
 from ditty.quantization.quantize import quantize
 from ditty.quantization.quantplan import _describe, skeleton
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from ditty.config.choices import Quantization
+from ditty.models import shards
 from ditty.pretrained.modelfolder import WEIGHTS
-from ditty.quantization import formats, shards
+from ditty.quantization import formats
 
 from .test_quantize import (
     CONFIGS,

@@ -18,10 +18,10 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen3MoeConfig
 
+from ditty.models.shards import SHARD_BYTES
 from ditty.planning.shapes import Shape
 from ditty.pretrained.modelfolder import PICKLED, WEIGHTS
 from ditty.quantization.quantplan import headers
-from ditty.quantization.shards import SHARD_BYTES
 from ditty.speed.bench import draw_model
 from ditty.store.artifacts import Store, verify
 from tests import test_ggufread
@@ -42,7 +42,7 @@ import json, sys, time
 from pathlib import Path
 from ditty.store.artifacts import Store
 from ditty.config.choices import Quantization
-from ditty.quantization import shards
+from ditty.models import shards
 import ditty.quantization.quantize, bitsandbytes, transformers, accelerate, gguf
 from ditty.conversion.modelstages import fetches
 from transformers import LlamaForCausalLM, Qwen3MoeForCausalLM, BitsAndBytesConfig

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditty.config.choices import Quantization
+from ditty.models import shards
+from ditty.models.shards import Piece, write_shards
 from ditty.pretrained.modelfolder import INDEX
-from ditty.quantization import shards
 from ditty.quantization.quantize import quantize
-from ditty.quantization.shards import Piece, write_shards
 from ditty.store.artifacts import Manifest, Store, verify
 
 from .tiny import make_model_folder, tiny_config

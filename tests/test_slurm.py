@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from ditty.config.choices import Device, Place
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.config.specfile import parse_spec
 from ditty.errors import Cancelled, Crashed, RemoteError, RunBusy, SpecError
 from ditty.planning import fit

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from ditty.config.spec import LaunchSpec, RunSpec
+from ditty.config.launchspec import LaunchSpec
+from ditty.config.spec import RunSpec
 from ditty.config.specfile import parse_spec
 from ditty.processes import slurm
 from ditty.processes.launch import open_attempt, run_stage

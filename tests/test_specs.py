@@ -176,6 +176,11 @@ def test_mistakes_name_the_key_and_the_nearest_valid_one(tmp_path, override, mes
             {"train": {"foo": 1}},
             "unknown key train.foo: the 39 keys of train are documented in ditty/config/spec.py",
         ),
+        (
+            {"launch": {"foo": 1}},
+            "unknown key launch.foo: the 14 keys of launch are documented in "
+            "ditty/config/launchspec.py",
+        ),
         ({"upload": {"foo": 1}}, "unknown key upload.foo: expected one of url, checkpoints"),
     ],
 )

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from ditty.config.choices import Device
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import Crashed, DataError, OutOfMemory, Preempted, RunError
 from ditty.processes import local
 from ditty.processes.launch import raise_for_result, run_stage

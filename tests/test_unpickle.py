@@ -15,10 +15,10 @@ from ditty.config.spec import RunSpec
 from ditty.conversion import modelstages
 from ditty.conversion.unpickle import convert_pickled
 from ditty.errors import ModelError
+from ditty.models import shards
 from ditty.pretrained import basemodel
 from ditty.pretrained.basemodel import Kind
 from ditty.pretrained.modelfolder import PICKLED, PICKLED_INDEX
-from ditty.quantization import shards
 from ditty.store.artifacts import Store, verify
 from flows.quantize import quantize
 

@@ -175,6 +175,14 @@ def test_missing_tensor(tmp_path, name, lost, missing):
         ours(folder)[1].read(missing, 0, 1, (1,))
 
 
+def test_a_file_cut_short(tmp_path):
+    folder = make(tmp_path, "llama")
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=f"{file} is damaged.*copy or download it again"):
+        ours(folder)
+
+
 def test_weights_of_another_config(tmp_path):
     folder = make(tmp_path, "llama")
     config = json.loads((folder / "config.json").read_text())

@@ -8,13 +8,15 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ditty.config.spec import RunSpec
 from ditty.dataset import tables
 from ditty.errors import Crashed
-from ditty.processes import launch
+from ditty.processes import launch, local
+from ditty.processes.backend import Ended
 from ditty.results.promotion import InPlace, Promotions
 from ditty.runs.lease import hold
 from ditty.runs.rundir import RunDir
@@ -143,13 +145,20 @@ def launching(place: Place) -> None:
     begin(spec, run)
     attempt = run.new_attempt("train")
     job = Work(spec, place.store, place.inputs / "model", place.inputs).job(ref)
-    launch.run_guarded = lambda *_, **__: 137
+    local.guarded = lambda *_, **__: nullcontext(_Killed())
     result = launch.run_stage(
         "train", job, attempt, spec.launch,
         distributed=True, on_line=lambda _: None, check=lambda: None,
     )  # fmt: skip
     judge_crash(Crashed(result.message), attempt, run)
     leave_word(spec, run, ref.key, [])
+
+
+class _Killed:
+    """Stands in for processes that ended without a word."""
+
+    def wait(self, seconds: float) -> Ended:
+        return Ended("exit code 137 (SIGKILL)")
 
 
 WORKS: dict[str, Callable[[Place], None]] = {

@@ -14,11 +14,9 @@ from ditty.config.choices import (
     ActivationCheckpointing,
     Adapter,
     Attention,
-    Device,
     FinalWeights,
     OnAnomaly,
     Optimizer,
-    Place,
     Precision,
     Quantization,
     Sampling,
@@ -27,7 +25,7 @@ from ditty.config.choices import (
     Tracker,
 )
 from ditty.config.dataspec import DataSpec, Section
-from ditty.config.slurmspec import SlurmSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import scrub
 
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -214,73 +212,6 @@ class TrainSpec(Section):
             if getattr(self, key) not in (None, FinalWeights.LAST) and self.eval_steps is None:
                 raise ValueError(f"{key} needs evaluations: set eval_steps")
         return self
-
-
-class LaunchSpec(Section):
-    """Processes and how to deal with their end. Nothing here changes the result of a stage."""
-
-    backend: Place = Place.LOCAL
-    """Where the processes of training and of the other stages with tensors run: here, or as jobs of
-    a Slurm cluster, which has the same DITTY_HOME and Python."""
-    slurm: SlurmSpec = Field(default_factory=SlurmSpec)
-    """What `backend: slurm` asks the cluster for."""
-    num_processes: int = Field(default=1, ge=1)
-    """Training processes on each machine; on GPUs one a GPU."""
-    num_machines: int = Field(default=1, ge=1)
-    """Machines that train together; with `backend: local` each starts the same spec."""
-    machine_rank: int | None = Field(default=None, ge=0)
-    """Which of them this is, from 0; by default DITTY_MACHINE_RANK or SLURM_NODEID says so."""
-    main_host: str | None = None
-    """Machine 0's name or address as the others reach it; by default DITTY_MAIN_HOST says so."""
-    main_port: int | None = Field(default=None, ge=1, le=65535)
-    """A free port of machine 0; by default DITTY_MAIN_PORT, or 29500."""
-    collective_timeout_seconds: float = Field(default=600.0, gt=0)
-    """A process that waits for another one longer than this gives it up for lost. Raise it where
-    a single save, or loading the model, takes longer."""
-    device: Device = Device.AUTO
-    """Where to train."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads a process; by default the cores divided by the processes."""
-    grace_seconds: float = Field(default=20.0, ge=0)
-    """Time to save between SIGTERM and SIGKILL; Prefect's runner itself waits 30 s."""
-    retries: int = Field(default=3, ge=0)
-    """Attempts after the first, where the failure can pass (preempted, crashed, unreachable). Each
-    new checkpoint of a training restores them: they count those in a row that did not get on."""
-    retry_delay_seconds: float = Field(default=10.0, ge=0)
-    """Before the first retry; doubles with each. A training that got on is retried at once."""
-    environment: list[str] = Field(default_factory=list)
-    """Names of environment variables that the training process gets besides the usual ones."""
-
-    @model_validator(mode="after")
-    def _one_of_the_machines(self) -> "LaunchSpec":
-        if self.machine_rank is not None and self.machine_rank >= self.num_machines:
-            raise ValueError(
-                f"machine_rank is {self.machine_rank} of num_machines: {self.num_machines}; "
-                f"expected 0 to {self.num_machines - 1}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _fits_the_backend(self) -> "LaunchSpec":
-        if self.backend is Place.LOCAL:
-            return self
-        if self.device is Device.AUTO:
-            raise ValueError(
-                f"device: auto looks for a GPU here, and backend: {self.backend} runs elsewhere; "
-                "write device: cuda, or cpu"
-            )
-        for key in ("machine_rank", "main_host"):
-            if getattr(self, key) is not None:
-                raise ValueError(
-                    f"{key} goes with backend: local; which machines {self.backend} gives is known "
-                    "when the job starts: remove it"
-                )
-        return self
-
-    @property
-    def world_size(self) -> int:
-        """Training processes on all machines."""
-        return self.num_processes * self.num_machines
 
 
 class UploadSpec(Section):

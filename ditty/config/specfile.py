@@ -214,7 +214,8 @@ def _unknown(key: str, location: Sequence[Any]) -> str:
         return f"unknown key {key}: did you mean {within + '.' if within else ''}{close}?"
     if len(known) <= MANY_KEYS:
         return f"unknown key {key}: expected one of {', '.join(known)}"
-    file = "ditty/config/dataspec.py" if location[0] == "data" else "ditty/config/spec.py"
+    part = f"{location[0]}spec" if location[0] in ("data", "launch") else "spec"
+    file = f"ditty/config/{part}.py"
     return f"unknown key {key}: the {len(known)} keys of {within} are documented in {file}"
 
 

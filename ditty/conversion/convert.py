@@ -12,8 +12,8 @@ import torch
 
 from ditty.conversion.ggufread import DTYPE, gguf_pieces
 from ditty.errors import DittyError, ModelError
-from ditty.quantization.quantplan import check_complete
-from ditty.quantization.shards import Piece, Progress, write_shards
+from ditty.models.shards import Piece, Progress, write_shards
+from ditty.models.weights import check_complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,24 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ditty.errors import ModelError
 from ditty.models.model import reason
-from ditty.models.skeleton import build_empty
-from ditty.models.weights import CheckpointNames, kept_in_fp32
-from ditty.pretrained.modelfolder import check_folder
-from ditty.pretrained.tensorfiles import Header, headers
-from ditty.quantization.shards import (
+from ditty.models.shards import (
     DTYPES,
     Parts,
     Piece,
     Progress,
     copy_beside,
+    tensor_of,
     weight_bytes,
     write_shards,
 )
+from ditty.models.skeleton import build_empty
+from ditty.models.weights import CheckpointNames, kept_in_fp32, tied_groups
+from ditty.pretrained.modelfolder import check_folder
+from ditty.pretrained.tensorfiles import Header, headers
 from ditty.store.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -73,9 +73,7 @@ class Weight:
         return Piece(self.source.name, source.size, size, self._make, source)
 
     def _make(self) -> Parts:
-        # Opened for each tensor: the pages of a mapping count as ours for as long as it is open.
-        with safe_open(self.source.file, framework="pt") as file:
-            value = file.get_tensor(self.source.name)
+        with tensor_of(self.source.file, self.source.name) as value:
             if self.change is None:
                 return {self.name: value.to(self.dtype or value.dtype, copy=True)}
             assert self.dtype is not None, f"{self.name} is trained, and {self.source.dtype}"
@@ -120,7 +118,7 @@ def merge(
     """
     _check(base, dtype)
     model = build_empty(base, torch.float32, _no_quantizer, trust_remote_code=trust_remote_code)
-    names, tied = CheckpointNames(model), _tied_groups(model)
+    names, tied = CheckpointNames(model), tied_groups(model)
     target_dtype = _target_dtype(model, dtype)
     changes = _changes(_adapted(model, adapter, base)) if adapter else {}
     weights = list(_weights(base, names, tied, changes, target_dtype))
@@ -150,15 +148,6 @@ def _check(base: Path, dtype: str | None) -> None:
             f"{base} is quantized, and an adapter is merged into unquantized weights only: use the "
             "adapter as it is, beside this base"
         )
-
-
-def _tied_groups(model: "PreTrainedModel") -> dict[str, list[str]]:
-    """Each name of a tied weight -> all names of it."""
-    tied = model.all_tied_weights_keys
-    groups: dict[str, list[str]] = {}
-    for name, root in tied.items():
-        groups.setdefault(root, [root]).append(name)
-    return {name: group for group in groups.values() for name in group}
 
 
 def _target_dtype(
@@ -309,7 +298,7 @@ def _write_beside(
     if not untied:
         return
     model = build_empty(out, torch.float32, _no_quantizer, trust_remote_code=trust_remote_code)
-    if still := sorted(set(untied) & set(_tied_groups(model))):
+    if still := sorted(set(untied) & set(tied_groups(model))):
         raise ModelError(
             f"the adapter changes one of {', '.join(still)}, which are one weight in the model of "
             f"{base}, and its config.json cannot say otherwise: use the adapter as it is"

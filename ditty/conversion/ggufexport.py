@@ -23,14 +23,13 @@ from gguf import (
     quants,
 )
 from gguf.tensor_mapping import TensorNameMap, get_tensor_name_map
-from safetensors import safe_open
 
 from ditty.config.choices import ExportDtype
 from ditty.conversion.ggufarch import Architecture, architecture_of, rope_factors, write_shape
 from ditty.conversion.ggufvocab import write_vocabulary
 from ditty.errors import ModelError
+from ditty.models.shards import Progress, check_disk, tensor_of
 from ditty.pretrained.tensorfiles import Header, headers
-from ditty.quantization.shards import Progress, check_disk
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -84,9 +83,7 @@ class Tensor:
 
     def make(self) -> np.ndarray:
         """Its values; bf16, which numpy has not, as 16-bit integers, quantized ones as bytes."""
-        # Opened for each tensor: the pages of a mapping count as ours for as long as it is open.
-        with safe_open(self.source.file, framework="pt") as file:
-            value = file.get_tensor(self.source.name)
+        with tensor_of(self.source.file, self.source.name) as value:
             if self.type not in HALVES:
                 value = value.to(torch.float32) + self.offset
             if self.heads is not None:

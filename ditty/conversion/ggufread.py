@@ -20,7 +20,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 
 from ditty.errors import ModelError
-from ditty.quantization.shards import Parts, Piece
+from ditty.models.shards import Parts, Piece
 from ditty.store.readahead import Span
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ditty.config.spec import ModelSpec, RunSpec
+from ditty.models.shards import Progress
 from ditty.pretrained import basemodel
-from ditty.quantization.shards import Progress
 from ditty.stages import share, stageline
 from ditty.store.artifacts import Make, Store
 from ditty.store.files import locked

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ditty.errors import ModelError
+from ditty.models.shards import Parts, Piece, Progress, copy_beside, write_shards
 from ditty.pretrained.modelfolder import pickled_files
-from ditty.quantization.shards import Parts, Piece, Progress, copy_beside, write_shards
 
 
 def convert_pickled(source: Path, out: Path, progress: Progress | None = None) -> dict[str, Any]:

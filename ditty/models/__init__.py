@@ -1,1 +1,1 @@
-"""A model in one process: loaded whole, as a skeleton, or in slices of files."""
+"""A model in one process: loaded whole, as a skeleton, in slices of files; written in pieces."""

@@ -26,9 +26,11 @@ from transformers.core_model_loading import (
 )
 
 from ditty.errors import ModelError
-from ditty.pretrained.modelfolder import weight_files
+from ditty.models.shards import tensor_of
+from ditty.pretrained.tensorfiles import headers
 
 ROWS_AT_ONCE = 4096  # of a large embedding: 100 MB
+MADE_HERE = ".weight_scale"  # of a float8 layer: no checkpoint has it before
 
 
 @dataclass
@@ -80,6 +82,27 @@ def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], 
     return kept
 
 
+def tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Each name of a tied weight -> all names of it."""
+    groups: dict[str, list[str]] = {}
+    for name, root in model.all_tied_weights_keys.items():
+        groups.setdefault(root, [root]).append(name)
+    return {name: group for group in groups.values() for name in group}
+
+
+def check_complete(model: PreTrainedModel, seen: set[str], source: Path) -> None:
+    """Raise for a parameter that no tensor fills: from_pretrained would make it up at random."""
+    tied = tied_groups(model)
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name.endswith(MADE_HERE):
+            continue
+        if seen.isdisjoint(tied.get(name, [name])):
+            raise ModelError(
+                f"{source} has no tensor for {name}: the checkpoint is incomplete, "
+                "or its config.json is of another model"
+            )
+
+
 class WeightFiles:
     """The weights in `folder`, by the names that `model` has for them.
 
@@ -88,11 +111,11 @@ class WeightFiles:
         model: the model, on the meta device; its layers as the folder has them (quantized ones
             replaced). It learns how its weights were named, for save_pretrained.
     Raises:
-        ModelError: no safetensors, or two weights in them that config.json makes one.
+        ModelError: no safetensors, damaged ones, or two weights in them that config.json makes one.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel):
-        self.folder, self.model = folder, model
+        self.folder, self.model, self._tied = folder, model, tied_groups(model)
         self.bytes_read = 0
         self._lock = Lock()
         self.sources: dict[str, Source] = {}
@@ -104,7 +127,9 @@ class WeightFiles:
         model = self.model
         names = CheckpointNames(model)
         by_pattern = {p: c for c in names.converters for p in c.source_patterns}
-        for file, name in _names(weight_files(self.folder)):
+        # In the order in which transformers converts them: layer 2 before layer 10.
+        for header in sorted(headers(self.folder), key=lambda h: dot_natural_key(h.name)):
+            file, name = header.file, header.name
             owner, dot, statistic = name.partition(".weight.")
             if dot and statistic:  # bitsandbytes' "x.weight.absmax": goes with x.weight
                 found = names.target(f"{owner}.weight")[0]
@@ -141,9 +166,7 @@ class WeightFiles:
         Raises:
             ModelError: it is not there: from_pretrained would make it up at random.
         """
-        tied = self.model.all_tied_weights_keys
-        root = tied.get(name, name)
-        for alias in (name, root, *(t for t, origin in tied.items() if origin == root)):
+        for alias in (name, *self._tied.get(name, ())):
             if alias in self.sources:
                 return self.sources[alias]
         raise ModelError(
@@ -166,7 +189,7 @@ class WeightFiles:
             _check_shape(name, list(whole.shape), expected, self.folder)
             return whole.reshape(-1)[start:stop].clone()
         file, key, _ = source.tensors[0]
-        # Opened for each read: the pages of a mapping count as ours for as long as it is open.
+        # Opened for each read, as in tensor_of.
         with safe_open(file, framework="pt") as opened:
             part = opened.get_slice(key)
             found = list(part.get_shape())
@@ -183,8 +206,8 @@ class WeightFiles:
         """The scales and code books of the quantized weight `name`, by their own names."""
         found = {}
         for file, key in self.statistics.get(name, ()):
-            with safe_open(file, framework="pt") as opened:
-                value = opened.get_tensor(key).clone()
+            with tensor_of(file, key) as view:
+                value = view.clone()
             self._count(value.nbytes)
             found[key.partition(".weight.")[2]] = value
         return found
@@ -196,22 +219,13 @@ class WeightFiles:
     def _convert(self, source: Source) -> dict[str, torch.Tensor]:
         converter: Any = deepcopy(source.converter)
         for file, key, pattern in source.tensors:
-            with safe_open(file, framework="pt") as opened:
-                value = opened.get_tensor(key).clone()
+            with tensor_of(file, key) as view:
+                value = view.clone()
             self._count(value.nbytes)
             converter.add_tensor(source.target, key, pattern, value)
         config = self.model.config
         made = converter.convert(source.target, model=self.model, config=config)
         return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
-
-
-def _names(files: list[Path]) -> list[tuple[Path, str]]:
-    """(file, tensor) in the order in which transformers converts them: layer 2 before layer 10."""
-    found = []
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            found += [(file, name) for name in opened.keys()]  # noqa: SIM118
-    return sorted(found, key=lambda item: dot_natural_key(item[1]))
 
 
 def _same(one: Source, other: Source) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from ditty.config.choices import Device, Precision
-from ditty.config.spec import LaunchSpec, RunSpec
+from ditty.config.launchspec import LaunchSpec
+from ditty.config.spec import RunSpec
 from ditty.config.specfile import apply_override, parse_spec
 from ditty.pretrained.demo_model import smollm2
 from ditty.processes.environment import resolve_device

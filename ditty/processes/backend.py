@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from ditty.config.choices import Device
-from ditty.config.slurmspec import SlurmSpec
+from ditty.config.launchspec import SlurmSpec
 from ditty.processes.backend import StageRun
 from ditty.processes.environment import MARGIN_SECONDS
 from ditty.processes.machines import HOST_VARIABLE, PORT_VARIABLE

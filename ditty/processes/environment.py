@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 from ditty.config.choices import Device, Place
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import SpecError
 from ditty.processes.machines import (
     HOST_VARIABLE,

@@ -15,7 +15,7 @@ from typing import Any
 
 from ditty import errors
 from ditty.config.choices import Place
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import Cancelled, Crashed, DittyError, RunBusy, RunError
 from ditty.processes.backend import Backend, Ended, Processes, StageRun
 from ditty.processes.local import Local

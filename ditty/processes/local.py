@@ -19,7 +19,7 @@ from typing import IO
 import yaml
 
 from ditty.config.choices import Device
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import RunError
 from ditty.processes.backend import Ended, StageRun
 from ditty.processes.environment import MARGIN_SECONDS, child_environment, resolve_device

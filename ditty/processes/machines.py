@@ -6,7 +6,7 @@ The spec is the same on every machine, so what tells them apart may come from th
 import os
 from dataclasses import dataclass
 
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import SpecError
 
 RANK_VARIABLE = "DITTY_MACHINE_RANK"

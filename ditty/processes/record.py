@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.processes.environment import resolve_device
 from ditty.store.files import write_json
 

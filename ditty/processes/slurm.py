@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ditty.config.spec import LaunchSpec
+from ditty.config.launchspec import LaunchSpec
 from ditty.errors import RemoteError, SpecError
 from ditty.processes.backend import Ended, StageRun
 from ditty.processes.batchscript import batch_script

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ditty.config.choices import Quantization
+from ditty.models.shards import Parts
 from ditty.quantization.quantplan import Size
-from ditty.quantization.shards import Parts
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig

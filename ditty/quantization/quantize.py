@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
 from ditty.config.choices import Quantization
 from ditty.errors import ModelError
-from ditty.pretrained.modelfolder import check_folder
-from ditty.quantization.formats import FORMATS, Pack, model_card
-from ditty.quantization.quantplan import Tensor, plan, skeleton, stacks
-from ditty.quantization.shards import (
+from ditty.models.shards import (
     DTYPES,
     Parts,
     Piece,
     Progress,
     copy_beside,
+    tensor_of,
     weight_bytes,
     write_shards,
 )
+from ditty.pretrained.modelfolder import check_folder
+from ditty.quantization.formats import FORMATS, Pack, model_card
+from ditty.quantization.quantplan import Tensor, plan, skeleton, stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,9 +132,7 @@ def _piece(tensor: Tensor, convert: Callable[[Tensor], Parts]) -> Piece:
 
 def _convert(tensor: Tensor, pack: Pack, device: torch.device) -> Parts:
     """What the output holds in place of one tensor of the source, by name."""
-    # Opened for each tensor: the pages of a mapping count as ours for as long as it is open.
-    with safe_open(tensor.file, framework="pt") as file:
-        value = file.get_tensor(tensor.name)
+    with tensor_of(tensor.file, tensor.name) as value:
         if not tensor.quantized:
             return {tensor.name: value.to(tensor.dtype, copy=True)}
         value = value.to(device).to(tensor.dtype)

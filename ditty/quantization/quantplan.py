@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ditty.errors import ModelError
+from ditty.models.weights import CheckpointNames, check_complete, kept_in_fp32
 from ditty.pretrained.tensorfiles import Header, headers
 from ditty.store.readahead import Span
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-MADE_HERE = ".weight_scale"  # of a float8 layer: no checkpoint has it before
 Size = Callable[[int, int], int]  # bytes of a quantized layer on disk, by its `out` and `in`
 
 
@@ -189,8 +189,6 @@ def _describe(
 
 def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, bool]]:
     """From a checkpoint's name of a tensor to (the model's, whether it is only a part of that)."""
-    from ditty.models.weights import CheckpointNames
-
     names = CheckpointNames(model)
 
     def rename(name: str) -> tuple[str, bool]:
@@ -207,8 +205,6 @@ def _renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, bool]]:
 
 def _casting(model: "PreTrainedModel", dtype: torch.dtype) -> Callable[[str], torch.dtype]:
     """What from_pretrained casts a parameter to: `dtype`, but for those a model keeps in fp32."""
-    from ditty.models.weights import kept_in_fp32
-
     kept = kept_in_fp32(model, dtype)
     known = model.state_dict()
 
@@ -216,18 +212,3 @@ def _casting(model: "PreTrainedModel", dtype: torch.dtype) -> Callable[[str], to
         return kept(name) or (dtype if is_quantized(model, name) else known[name].dtype)
 
     return cast
-
-
-def check_complete(model: "PreTrainedModel", seen: set[str], source: Path) -> None:
-    """Raise for a parameter that no tensor fills: from_pretrained would make it up at random."""
-    tied = model.all_tied_weights_keys
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name.endswith(MADE_HERE):
-            continue
-        root = tied.get(name, name)
-        same = {name, root, *(target for target, origin in tied.items() if origin == root)}
-        if not same & seen:
-            raise ModelError(
-                f"{source} has no tensor for {name}: the checkpoint is incomplete, "
-                "or its config.json is of another model"
-            )

@@ -19,9 +19,9 @@ from ditty.config.spec import RunSpec
 from ditty.distributed.load import load_module
 from ditty.distributed.world import World, peak_memory
 from ditty.models.model import DTYPES
+from ditty.models.shards import Piece, write_shards
 from ditty.planning.shapes import SHAPES, Shape
 from ditty.quantization.quantize import quantize
-from ditty.quantization.shards import Piece, write_shards
 from ditty.runs.rundir import RunDir
 from ditty.speed.profiling import Profile
 from ditty.training.compiled import programs

@@ -8,6 +8,7 @@ making a piece takes.
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Semaphore
@@ -34,6 +35,14 @@ PLAN = "shards.json"  # which tensors of the source each file is made of; there 
 
 Progress = Callable[[int, int, str], None]
 Parts = dict[str, torch.Tensor]
+
+
+@contextmanager
+def tensor_of(file: Path, name: str) -> Iterator[torch.Tensor]:
+    """One tensor of a safetensors file, a view of it: copy what is kept before the block ends."""
+    # Opened for each tensor: the pages of a mapping count as ours for as long as it is open.
+    with safe_open(file, framework="pt") as opened:
+        yield opened.get_tensor(name)
 
 
 @dataclass(frozen=True)
