@@ -27,7 +27,7 @@ from ditty.store.artifacts import Store
 from ditty.store.files import read_json, write_json
 from ditty.store.remote import Remote
 from flows.cancel import CancelRequested, CancelWatch
-from flows.commands.progress import Event, EventState, emit
+from flows.events import Event, EventState, emit
 from flows.mirror import Logger, Mirror, fetch_newer, fetch_result
 from flows.pages.publish import LiveReport
 from flows.pages.report import artifact_key
