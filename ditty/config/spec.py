@@ -18,13 +18,13 @@ from ditty.config.choices import (
     FinalWeights,
     OnAnomaly,
     Optimizer,
-    Place,
     Precision,
     Quantization,
     Sampling,
     Schedule,
     Sharding,
     Tracker,
+    Where,
 )
 from ditty.config.dataspec import DataSpec, Section
 from ditty.config.slurmspec import SlurmSpec
@@ -219,7 +219,7 @@ class TrainSpec(Section):
 class LaunchSpec(Section):
     """Processes and how to deal with their end. Nothing here changes the result of a stage."""
 
-    backend: Place = Place.LOCAL
+    backend: Where = Where.LOCAL
     """Where the processes of training and of the other stages with tensors run: here, or as jobs of
     a Slurm cluster, which has the same DITTY_HOME and Python."""
     slurm: SlurmSpec = Field(default_factory=SlurmSpec)
@@ -262,7 +262,7 @@ class LaunchSpec(Section):
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> "LaunchSpec":
-        if self.backend is Place.LOCAL:
+        if self.backend is Where.LOCAL:
             return self
         if self.device is Device.AUTO:
             raise ValueError(
