@@ -28,7 +28,7 @@ class Budget:
         self.made = 0  # in all
         self.used = 0  # since the last new checkpoint
         self.waits = 0  # of these, without the first one after it
-        self.saved = self._newest()
+        self.saved = self.run.newest_step()
 
     def given_to(self, task: Task[Any, Any]) -> Task[Any, Any]:
         """A copy of `task` that is tried again within this budget."""
@@ -45,7 +45,7 @@ class Budget:
         """
         if not passing(task, task_run, state):
             return False
-        newest = self._newest()
+        newest = self.run.newest_step()
         gets_on = newest > self.saved
         if gets_on:
             self.saved, self.used, self.waits = newest, 0, 0
@@ -63,6 +63,3 @@ class Budget:
         left = max(self.launch.retries - self.used, 1)
         task.retry_delay_seconds, task.retries = delay, self.made + left
         return True
-
-    def _newest(self) -> int:
-        return max(self.run.committed_steps(), default=0)

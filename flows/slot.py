@@ -12,7 +12,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
-from ditty.config.choices import Place
+from ditty.config.choices import Where
 from ditty.config.launchspec import LaunchSpec
 from ditty.errors import RunError
 from flows.cancel import CancelWatch
@@ -33,7 +33,7 @@ def training_slot(launch: LaunchSpec) -> Iterator[None]:
         RunError: the server has no such limit.
     """
     name = os.environ.get(LIMIT_VARIABLE)
-    if not name or launch.backend is not Place.LOCAL:
+    if not name or launch.backend is not Where.LOCAL:
         yield
         return
     with get_client(sync_client=True) as client:

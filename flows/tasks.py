@@ -22,8 +22,8 @@ from ditty.store.artifacts import MANIFEST, Manifest, Store, read_manifest
 from ditty.store.files import read_json, write_json
 from ditty.store.remote import Remote, final_name
 from flows.caching import Reference, cached, reference
-from flows.commands.progress import Event, EventState, emit
 from flows.engines import run_shards
+from flows.events import Event, EventState, emit
 from flows.pages.costs import StageBook
 from flows.retries import Budget
 from flows.slot import training_slot

@@ -27,7 +27,7 @@ from ditty.store.artifacts import Store
 from ditty.store.files import read_json, write_json
 from ditty.store.remote import Remote
 from flows.cancel import CancelRequested, CancelWatch
-from flows.commands.progress import Event, EventState, emit
+from flows.events import Event, EventState, emit
 from flows.mirror import Logger, Mirror, fetch_newer, fetch_result
 from flows.pages.publish import LiveReport
 from flows.pages.report import artifact_key
@@ -125,7 +125,7 @@ def _held(work: Work, stack: ExitStack) -> Lease | None:
 
 def judge_crash(error: Crashed, attempt: Path, run: RunDir) -> None:
     """Record a crash; this machine's second one since the last checkpoint is not retried."""
-    step = max(run.committed_steps(), default=0)
+    step = run.newest_step()
     machine = (read_json(attempt / "launch.json") or {}).get("machine_rank", 0)
     crashes = [read_json(a / CRASH_FILE) for a in run.attempts(attempt.parent.name)]
     crash = {"step": step, "machine_rank": machine}

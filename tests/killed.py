@@ -215,7 +215,7 @@ class Turn:
     def again(self, place: Place, expected: dict[str, Any]) -> dict[str, Any]:
         """What the killed ones have left, and what came of it when it was done again."""
         told: dict[str, Any] = {"damaged": damaged(place)}
-        told["saved"] = max(place.run.committed_steps(), default=0)
+        told["saved"] = place.run.newest_step()
         before = Counter(step for step, *_ in _rows_of_steps(place))
         told["again"] = list(ends(self.work, place, {}).values())
         again = Counter(step for step, *_ in _rows_of_steps(place)) - before

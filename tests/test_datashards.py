@@ -34,7 +34,7 @@ from ditty.stages import datashards, datastages, stageline
 from ditty.store.artifacts import Manifest, Store, read_manifest
 from ditty.store.files import locked, write_json
 from flows import tasks
-from flows.commands.progress import EventState, listen
+from flows.events import EventState, listen
 from flows.tasks import Caller
 from tests.processes import ROOT
 from tests.tiny import make_model_folder

@@ -26,7 +26,7 @@ from ditty.store.artifacts import Store, verify
 from ditty.store.files import write_json
 from ditty.store.remote import Remote, final_name
 from flows.commands.cli import app
-from flows.commands.progress import Event, EventState, listen
+from flows.events import Event, EventState, listen
 from flows.export import export
 from flows.tasks import TOKEN_BLOCK
 from tests.architectures import rewrite

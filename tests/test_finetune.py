@@ -23,7 +23,7 @@ from ditty.store.files import read_json
 from flows import line, tasks
 from flows.cancel import CancelRequested
 from flows.commands import cli
-from flows.commands.progress import Event, EventState, listen
+from flows.events import Event, EventState, listen
 from flows.finetune import finetune
 from tests.processes import Holder, start_flow
 from tests.served import tiny_spec

@@ -16,8 +16,8 @@ from ditty.errors import GateFailed, RunError, SpecError
 from ditty.planning import preflight
 from ditty.stages import evaltasks, stageline
 from ditty.stages.evaltasks import identify
-from flows.commands.progress import Event, EventState, listen
 from flows.evaluate import evaluate
+from flows.events import Event, EventState, listen
 from flows.finetune import finetune
 from tests.served import tiny_spec
 from tests.test_merge import trained

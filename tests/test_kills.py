@@ -20,7 +20,7 @@ from ditty.config.spec import RunSpec
 from ditty.errors import Preempted
 from ditty.runs.rundir import CRASH_FILE, RunDir
 from ditty.store.files import sha256_file
-from flows.commands.progress import Event, EventState, listen
+from flows.events import Event, EventState, listen
 from flows.finetune import finetune
 from tests import warm
 from tests.processes import kill_when, start_flow, wait_while

@@ -17,7 +17,7 @@ from ditty.store.artifacts import FLOW_RUN_VARIABLE, Store
 from ditty.store.files import canonical_json, write_json
 from ditty.store.remote import Remote
 from flows.commands.cli import app
-from flows.commands.views import lineage_markdown
+from flows.pages.lineagepage import lineage_markdown
 from tests.tiny import make_model_folder
 
 

@@ -16,7 +16,7 @@ from ditty.runs.rundir import RunDir
 from ditty.stages import stageline
 from ditty.store.artifacts import Store, verify
 from flows.commands.cli import app
-from flows.commands.progress import Event, EventState, listen
+from flows.events import Event, EventState, listen
 from flows.quantize import quantize
 from tests.served import tiny_spec
 from tests.test_quantize import differences, theirs

@@ -20,8 +20,8 @@ from ditty.results.promotion import Comparison, InPlace, Promotions, candidate_n
 from ditty.runs.rundir import RunDir
 from ditty.store.artifacts import Store, read_manifest
 from ditty.store.remote import Remote
-from flows.commands.progress import Event, EventState, listen
 from flows.evaluate import evaluate
+from flows.events import Event, EventState, listen
 from flows.export import export
 from flows.finetune import finetune
 from flows.refresh import refresh

@@ -28,7 +28,7 @@ from ditty.runs.timeleft import duration
 from ditty.stages.stageline import StageRef
 from ditty.store.artifacts import MADE_BY, Store, commit_dir
 from flows import tasks, training
-from flows.commands.progress import EventState
+from flows.events import EventState
 from flows.pages import publish
 from flows.pages.costs import StageBook
 from flows.pages.datareport import data_facts

@@ -11,7 +11,7 @@ from ditty.planning.plan import make_plan
 from ditty.runs.rundir import RunDir
 from ditty.stages import share, stageline
 from ditty.store.artifacts import MANIFEST, Store, verify
-from flows.commands.progress import Event, EventState, listen
+from flows.events import Event, EventState, listen
 from flows.finetune import finetune
 from flows.quantize import quantize
 from tests.remotes import bucket, moto_url, s3_env  # noqa: F401

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ditty.config.choices import Device, Place
+from ditty.config.choices import Device, Where
 from ditty.config.launchspec import LaunchSpec
 from ditty.config.specfile import parse_spec
 from ditty.errors import Cancelled, Crashed, RemoteError, RunBusy, SpecError
@@ -79,7 +79,7 @@ def test_a_launch_elsewhere_is_not_measured_by_this_machine(tmp_path, monkeypatc
     launch = launch_spec(device="cuda", num_processes=8)
     assert resolve_device(launch) == "cuda"
     with pytest.raises(SpecError, match="no NVIDIA GPU is visible"):
-        resolve_device(launch.model_copy(update={"backend": Place.LOCAL}))
+        resolve_device(launch.model_copy(update={"backend": Where.LOCAL}))
     monkeypatch.setattr(fit, "gpu_bytes", lambda: 1e9)
     write_json(tmp_path / "config.json", SHAPES["8b"].config())
     values = {"name": "r", "data": {"source": "x"}, "model": {"base_model": "m"}}

@@ -247,7 +247,7 @@ class StopAt:
         self.step, self.calls = step, 0
 
     def attach(self, module, run: RunDir, train: TrainSpec) -> None:
-        first = max(run.committed_steps(), default=0)
+        first = run.newest_step()
         calls = (self.step - first) * train.gradient_accumulation_steps
 
         def count(model, *_):

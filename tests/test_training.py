@@ -18,7 +18,7 @@ from ditty.stages.stageline import StageRef
 from ditty.store.artifacts import Store, commit_dir
 from ditty.store.remote import Remote
 from flows import cancel, tasks, training
-from flows.commands.progress import Event, EventState, listen
+from flows.events import Event, EventState, listen
 from flows.mirror import remote_checkpoints
 from flows.training import Work
 

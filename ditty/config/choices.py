@@ -268,7 +268,7 @@ class Tracker(StrEnum):
     TRACKIO = "trackio"
 
 
-class Place(StrEnum):
+class Where(StrEnum):
     """Where a stage's processes run: here, or as a job of a Slurm cluster."""
 
     LOCAL = "local"

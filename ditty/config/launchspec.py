@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from ditty.config.choices import Device, Place
+from ditty.config.choices import Device, Where
 from ditty.config.dataspec import Section
 
 OPTION = re.compile(r"[a-z][a-z0-9-]+")
@@ -79,7 +79,7 @@ class SlurmSpec(Section):
 class LaunchSpec(Section):
     """Processes and how to deal with their end. Nothing here changes the result of a stage."""
 
-    backend: Place = Place.LOCAL
+    backend: Where = Where.LOCAL
     """Where the processes of training and of the other stages with tensors run: here, or as jobs of
     a Slurm cluster, which has the same DITTY_HOME and Python."""
     slurm: SlurmSpec = Field(default_factory=SlurmSpec)
@@ -122,7 +122,7 @@ class LaunchSpec(Section):
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> "LaunchSpec":
-        if self.backend is Place.LOCAL:
+        if self.backend is Where.LOCAL:
             return self
         if self.device is Device.AUTO:
             raise ValueError(

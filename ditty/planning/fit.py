@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty.config import legal
-from ditty.config.choices import Device, Place, Sharding
+from ditty.config.choices import Device, Sharding, Where
 from ditty.config.spec import RunSpec
 from ditty.errors import SpecError
 from ditty.planning.memory import Memory, Sizes, budget_of, expect_held, plan_memory
@@ -58,7 +58,7 @@ def _sizes(spec: RunSpec, model_dir: Path | None) -> Sizes | None:
 def _card(spec: RunSpec) -> float | None:
     """Memory of the GPUs that the run will have, in bytes; None where they are not this machine's,
     or do not tell."""
-    return gpu_bytes() if spec.launch.backend is Place.LOCAL else None
+    return gpu_bytes() if spec.launch.backend is Where.LOCAL else None
 
 
 def _memory(spec: RunSpec, sizes: Sizes, card: float | None) -> Memory:

@@ -1,6 +1,6 @@
 """Where a stage's processes run: what every place has to offer. Without torch.
 
-A new place is a module with a `Backend` in it, a member of `ditty.config.choices.Place`, a line in
+A new place is a module with a `Backend` in it, a member of `ditty.config.choices.Where`, a line in
 `ditty.processes.launch.backend_of`, and what it needs of the spec in `ditty.config`.
 """
 

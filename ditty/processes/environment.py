@@ -9,7 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from ditty.config.choices import Device, Place
+from ditty.config.choices import Device, Where
 from ditty.config.launchspec import LaunchSpec
 from ditty.errors import SpecError
 from ditty.processes.machines import (
@@ -166,7 +166,7 @@ def resolve_device(launch: LaunchSpec) -> str:
     """
     if launch.device is Device.CPU:
         return Device.CPU.value
-    if launch.backend is not Place.LOCAL:
+    if launch.backend is not Where.LOCAL:
         return launch.device.value  # each machine of the job looks at its own
     gpus = _visible_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

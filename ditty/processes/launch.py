@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty import errors
-from ditty.config.choices import Place
+from ditty.config.choices import Where
 from ditty.config.launchspec import LaunchSpec
 from ditty.errors import Cancelled, Crashed, DittyError, RunBusy, RunError
 from ditty.processes.backend import Backend, Ended, Processes, StageRun
@@ -32,7 +32,7 @@ LINE_CHARACTERS = 400  # of each recent line, in an error message
 
 def backend_of(launch: LaunchSpec) -> Backend:
     """Where the processes of a launch run."""
-    return Slurm() if launch.backend is Place.SLURM else Local()
+    return Slurm() if launch.backend is Where.SLURM else Local()
 
 
 def open_attempt(run: RunDir, stage: str, launch: LaunchSpec) -> Path:

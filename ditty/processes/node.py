@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ditty.config.choices import Place
+from ditty.config.choices import Where
 from ditty.config.specfile import parse_spec
 from ditty.errors import DittyError
 from ditty.processes.backend import StageRun
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 def _stage_run(stage: str, attempt: Path, *, distributed: bool) -> StageRun:
     job = read_json(attempt / "job.json")
     assert job is not None, f"{attempt} has no job.json"
-    here: dict[str, object] = {"backend": Place.LOCAL}
+    here: dict[str, object] = {"backend": Where.LOCAL}
     if not distributed:
         here |= {"num_processes": 1, "num_machines": 1}
     launch = parse_spec(job["spec"]).launch.model_copy(update=here)

@@ -133,6 +133,10 @@ class RunDir:
                 steps.append(int(match[1]))
         return sorted(steps)
 
+    def newest_step(self) -> int:
+        """The last of `committed_steps`; 0: there is none."""
+        return max(self.committed_steps(), default=0)
+
     def clear_unfinished(self) -> None:
         """Remove what saves, downloads and removals that were cut short have left.
 

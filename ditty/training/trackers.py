@@ -151,7 +151,7 @@ def _options(
     """Arguments of the tracker's class: a run `name`, gone on with where it is there."""
     if kind is Tracker.TENSORBOARD:
         # Steps that were taken after the checkpoint from which this goes on are taken again.
-        return [name, folder], {"purge_step": max(run.committed_steps(), default=0) + 1}
+        return [name, folder], {"purge_step": run.newest_step() + 1}
     if kind is Tracker.WANDB:
         options = {"name": name, "id": name, "resume": "allow", "dir": str(folder)}
         return [os.environ.get("WANDB_PROJECT", PROJECT)], options

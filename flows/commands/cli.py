@@ -25,11 +25,12 @@ from ditty.store.artifacts import Store, read_manifest
 from flows.commands.bench_command import bench
 from flows.commands.chat_command import chat
 from flows.commands.compare_command import compare_command
-from flows.commands.console import Overrides
+from flows.commands.console import Overrides, StageLines, quiet_console
 from flows.commands.preview_command import preview_command
 from flows.commands.serve_command import deploy, serve
 from flows.commands.verify_command import verify
 from flows.commands.watch_commands import logs, status
+from flows.events import listen
 
 app = typer.Typer(
     help="Fine-tune Hugging Face causal language models, stage by stage.",
@@ -251,10 +252,7 @@ def _call(flow: str, *arguments: Any) -> dict[str, Any]:
     """Run a flow with progress on the terminal; returns its result."""
     with ExitStack() as stack:
         with console.status("starting Prefect"):
-            from flows.commands.console import StageLines
-
             called = getattr(import_module(f"flows.{flow}"), flow)
-            from flows.commands.progress import listen, quiet_console
             from flows.serving.server import local_server
 
             stack.enter_context(local_server())

@@ -1,6 +1,9 @@
-"""Progress on a terminal: a line a finished stage, and a bar for the one that runs."""
+"""Progress on a terminal: a line a finished stage, a bar for one that runs; Prefect is quiet."""
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Annotated
 
@@ -10,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TaskID as BarID
 
-from flows.commands.progress import Event, EventState
+from flows.events import Event, EventState
 
 Overrides = Annotated[
     list[str] | None,
@@ -22,7 +25,7 @@ QUIET_SECONDS = 10.0  # between progress lines where the output is no terminal
 
 
 class StageLines:
-    """Draws events; a callback for `flows.commands.progress.listen`, and a context manager."""
+    """Draws events; a callback for `flows.events.listen`, and a context manager."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -96,3 +99,20 @@ class StageLines:
         title = escape(event.stage)
         line = f"{mark} {title:<44} [bold]{word:>8}[/]  {escape(event.message)}"
         self.console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def quiet_console() -> Iterator[None]:
+    """Keep Prefect's log lines off the terminal within the block; they still reach its API."""
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    loggers = [logging.getLogger(name) for name in ("", "prefect", "uvicorn", "fastapi")]
+    consoles = {h for logger in loggers for h in logger.handlers} - {None}
+    levels = {h: h.level for h in consoles if isinstance(h, PrefectConsoleHandler)}
+    for handler in levels:
+        handler.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)

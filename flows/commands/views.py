@@ -1,20 +1,15 @@
-"""How a chain of artifacts is shown: as a tree on a terminal, as a list on a page."""
-
-from collections.abc import Iterator
-from typing import Any
+"""How a chain of artifacts is shown on a terminal."""
 
 from rich.markup import escape
 from rich.tree import Tree
 
 from ditty.results.lineage import Node
-from flows.pages.markup import code, fenced
-
-SHORT = 12  # digits of a hash that people compare
+from flows.pages.lineagepage import node_facts, node_title
 
 
 def lineage_tree(node: Node) -> Tree:
     """The chain as a tree, the newest at the top."""
-    tree = Tree(f"[bold]{node.kind}[/] {escape(_title(node))}".rstrip())
+    tree = Tree(f"[bold]{node.kind}[/] {escape(node_title(node))}".rstrip())
     _fill(tree, node)
     return tree
 
@@ -22,47 +17,7 @@ def lineage_tree(node: Node) -> Tree:
 def _fill(tree: Tree, node: Node) -> None:
     if not node.where:
         tree.add("[yellow]not in this store[/]")
-    for name, text in _lines(node):
+    for name, text in node_facts(node):
         tree.add(f"{name} {escape(text)}" if name != "where" else f"[dim]{escape(text)}[/]")
     for parent in node.parents:
-        _fill(tree.add(f"[bold]{parent.kind}[/] {escape(_title(parent))}".rstrip()), parent)
-
-
-def lineage_markdown(node: Node) -> str:
-    """The chain as nested lists, the newest first, and how to ask for it again."""
-    return f"{_list(node)}\n\n{fenced(f'ditty lineage {node.where}')}\n"
-
-
-def _list(node: Node, depth: int = 0) -> str:
-    indent = "  " * depth
-    gone = "" if node.where else " (not in this store)"
-    lines = [f"{indent}- **{node.kind}** {code(_title(node))}{gone}"]
-    lines += [f"{indent}  - {name}: {code(text)}" for name, text in _lines(node) if name != "where"]
-    lines += [_list(parent, depth + 1) for parent in node.parents]
-    return "\n".join(lines)
-
-
-def _title(node: Node) -> str:
-    return " ".join(filter(None, [node.key[:SHORT], *node.names.values()]))
-
-
-def _lines(node: Node) -> Iterator[tuple[str, str]]:
-    """(what, its value) of all that is known of one link."""
-    if node.where:
-        yield "where", node.where
-        yield "content", node.digest[:SHORT]
-    if node.counts:
-        yield "counts", ", ".join(f"{name} {count:,}" for name, count in node.counts.items())
-    if node.made_by:
-        run = node.made_by.get("flow_run") or "no flow run"
-        yield "made by", f"ditty {node.made_by['ditty']}, {run}, {node.made_by['at']}"
-    for name, value in node.inputs.items():
-        yield name, _short(value)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k}={_short(v)}" for k, v in value.items() if v not in (None, [], {}))
-    text = str(value)
-    is_hash = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
-    return text[:SHORT] if is_hash else text
+        _fill(tree.add(f"[bold]{parent.kind}[/] {escape(node_title(parent))}".rstrip()), parent)

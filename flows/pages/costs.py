@@ -15,7 +15,7 @@ from ditty.errors import DittyError
 from ditty.stages.stageline import StageRef
 from ditty.store.artifacts import MANIFEST, Store
 from ditty.store.files import make_dir, read_json, write_json
-from flows.commands.progress import EventState
+from flows.events import EventState
 
 log = logging.getLogger(__name__)
 

@@ -28,10 +28,9 @@ from ditty.runs.rundir import RunDir
 from ditty.stages.stageline import StageLine
 from ditty.store.artifacts import Store
 from ditty.store.files import make_dir, write_atomic
-from flows.commands.views import lineage_markdown
-from flows.mirror import Logger
 from flows.pages.costs import StageBook
 from flows.pages.datareport import data_facts, data_markdown, made_stages
+from flows.pages.lineagepage import lineage_markdown
 from flows.pages.markup import code, escape, fenced, shorten
 from flows.pages.report import History, artifact_key, lineage_link, markdown
 
@@ -51,7 +50,13 @@ class LiveReport:
         upload_url: see `markdown`.
     """
 
-    def __init__(self, run: RunDir, pack_dir: Path | None, upload_url: str | None, log: Logger):
+    def __init__(
+        self,
+        run: RunDir,
+        pack_dir: Path | None,
+        upload_url: str | None,
+        log: logging.Logger | logging.LoggerAdapter[Any],
+    ):
         self.history = History(run)
         self.pack_dir, self.upload_url, self.log = pack_dir, upload_url, log
         self.key = artifact_key("report", run.root.name)

@@ -1,9 +1,8 @@
-"""What a flow tells the command line: events, and Prefect's own console kept quiet.
+"""Events: what a flow tells whoever draws its progress.
 
 With nobody listening an event goes nowhere; logs and the UI's artifacts do not depend on it.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,20 +53,3 @@ def emit(event: Event) -> None:
     """Tell whoever listens."""
     for callback in tuple(_listeners):
         callback(event)
-
-
-@contextmanager
-def quiet_console() -> Iterator[None]:
-    """Keep Prefect's log lines off the terminal within the block; they still reach its API."""
-    from prefect.logging.handlers import PrefectConsoleHandler
-
-    loggers = [logging.getLogger(name) for name in ("", "prefect", "uvicorn", "fastapi")]
-    consoles = {h for logger in loggers for h in logger.handlers} - {None}
-    levels = {h: h.level for h in consoles if isinstance(h, PrefectConsoleHandler)}
-    for handler in levels:
-        handler.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for handler, level in levels.items():
-            handler.setLevel(level)
