@@ -75,7 +75,7 @@ def first_types(operation: Operation, source: Path, out: Path) -> Any:
     Raises:
         DataError: see `apply`.
     """
-    for first in range(0, read_manifest(source).facts["rows"], tables.BATCH_ROWS):
+    for first in range(0, tables.read(source / DATA).num_rows, tables.BATCH_ROWS):
         part = Part(range(first, first + tables.BATCH_ROWS))
         with _applied(operation, _rows(source, part.rows), out, part) as after:
             if after.num_rows:
