@@ -138,7 +138,7 @@ def _is_done_again_when_due(served: Serving, spec: dict[str, Any]) -> None:
         with served.client() as client:
             return [r for r in client.read_flow_runs() if r.auto_scheduled and r.end_time]
 
-    served.wait(ended, 90)
+    served.wait(ended, 240)  # Prefect looks at schedules once a minute; then a worker, a flow
     (run,) = ended()
     assert run.state and run.state.name == "Completed", served.logs()
     assert run.expected_start_time and run.expected_start_time >= due - timedelta(seconds=1)
