@@ -21,9 +21,9 @@ from ditty.config.choices import ExportDtype, FinalWeights
 from ditty.config.spec import RunSpec
 from ditty.errors import LESS_MEMORY, Crashed, DittyError, OutOfMemory, Preempted, RunBusy, RunError
 from ditty.processes.signals import show_stack_when_asked
-from ditty.runs.rundir import Result, RunDir, Status, write_result
+from ditty.runs.rundir import Result, RunDir, Status, read_job, write_result
 from ditty.store.artifacts import Make, Store
-from ditty.store.files import locked, read_json, write_json
+from ditty.store.files import locked, write_json
 from ditty.store.readahead import read_folder_ahead
 
 log = logging.getLogger("ditty.worker")
@@ -57,8 +57,7 @@ class Job:
     @classmethod
     def read(cls, attempt: Path) -> "Job":
         """Parse attempt/job.json, as whoever launches the stage wrote it."""
-        value = read_json(attempt / "job.json")
-        assert value is not None, f"{attempt} has no job.json"
+        value = read_job(attempt)
         data_dir, trained_dir = value.pop("data_dir"), value.pop("trained_dir", None)
         return cls(
             home=Path(value.pop("home")),

@@ -9,7 +9,6 @@ from ditty.config.choices import Adapter, Device, ExportDtype, ExportTo, Precisi
 from ditty.config.spec import RunSpec
 from ditty.errors import RunError, SpecError
 from ditty.pretrained import basemodel
-from ditty.processes.launch import backend_of
 from ditty.results.package import GENERATION_CONFIG, generation_config, package_ref, taught_ends
 from ditty.runs.status import Trained, find_trained
 from ditty.stages import share, stageline
@@ -66,13 +65,8 @@ def export(
     store = Store()
     trained = find_trained(store, run)
     is_adapter = to is ExportTo.ADAPTER and trained.spec.model.adapter is not Adapter.NONE
-    if is_adapter and dtype is not None:
-        raise SpecError(
-            f"--dtype: got {dtype}, but an adapter is copied as it was trained (fp32): leave it "
-            "out, or use `--to merged` or `--to gguf`"
-        )
-    if dtype is not None and dtype.precision is None and to is not ExportTo.GGUF:
-        raise SpecError(f"--dtype: {dtype} is of .gguf files: use `--to gguf`, or fp32, bf16, fp16")
+    if dtype is not None:
+        _check_dtype(dtype, to, is_adapter=is_adapter)
 
     def body(call: Caller) -> dict[str, Any]:
         _check_gates(run, trained, store, to, out)
@@ -93,9 +87,17 @@ def export(
 
     # The machine that trained may have had a GPU; a merge needs none.
     launch = trained.spec.launch.model_copy(update={"device": Device.CPU})
-    if to is not ExportTo.ADAPTER:
-        backend_of(launch).check(launch)
     return framed(Caller.of(trained.spec.model_copy(update={"launch": launch}), store), body)
+
+
+def _check_dtype(dtype: ExportDtype, to: ExportTo, *, is_adapter: bool) -> None:
+    if is_adapter:
+        raise SpecError(
+            f"--dtype: got {dtype}, but an adapter is copied as it was trained (fp32): leave it "
+            "out, or use `--to merged` or `--to gguf`"
+        )
+    if dtype.precision is None and to is not ExportTo.GGUF:
+        raise SpecError(f"--dtype: {dtype} is of .gguf files: use `--to gguf`, or fp32, bf16, fp16")
 
 
 def _check_gates(run: str, trained: Trained, store: Store, to: ExportTo, out: str | None) -> None:

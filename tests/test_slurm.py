@@ -469,6 +469,8 @@ def test_slurm_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SpecError, match="needs sbatch, which is not on PATH"):
         backend_of(launch_spec()).check(launch_spec())
+    with pytest.raises(SpecError, match="needs sbatch, which is not on PATH"):
+        open_attempt(RunDir.named("run", tmp_path), "merge", launch_spec())
 
 
 # A node

@@ -137,6 +137,11 @@ class LaunchSpec(Section):
                 )
         return self
 
+    def alone(self) -> "LaunchSpec":
+        """The same for one process on one machine."""
+        one = {"num_processes": 1, "num_machines": 1, "machine_rank": None}
+        return self.model_copy(update=one)
+
     @property
     def world_size(self) -> int:
         """Training processes on all machines."""

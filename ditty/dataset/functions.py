@@ -24,9 +24,8 @@ from ditty.store.files import canonical_json, sha256_bytes
 
 DIGEST_VERSION = 1
 
-_held: Counter[str] = (
-    Counter()
-)  # folders in sys.path -> blocks, in any thread, that need them there
+# Folders in sys.path -> blocks, in any thread, that need them there.
+_held: Counter[str] = Counter()
 _mutex = threading.Lock()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ditty.config.choices import Adapter, Device
+from ditty.config.choices import Adapter, Device, Where
 from ditty.config.spec import RunSpec
 from ditty.conversion.modelstages import base_folder, quantized_folder
 from ditty.errors import DittyError, RunError
@@ -81,10 +81,10 @@ def load(run: str, store: Store) -> tuple[list[Speaker], RunSpec, Path]:
             "have changed since. Put the earlier ones back, or run the spec with another name"
         )
     # It may have been trained on GPUs that are not here, in several processes.
-    alone: dict[str, Any] = {"num_processes": 1, "num_machines": 1, "machine_rank": None}
+    here: dict[str, Any] = {"backend": Where.LOCAL}
     if spec.launch.device is Device.CUDA:
-        alone["device"] = Device.AUTO
-    device = resolve_device(spec.launch.model_copy(update=alone))
+        here["device"] = Device.AUTO
+    device = resolve_device(spec.launch.alone().model_copy(update=here))
     folder = base_folder(base, spec, store)
     if stageline.prequantizes(spec):
         folder = quantized_folder(folder, spec, store, device)

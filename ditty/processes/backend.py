@@ -68,6 +68,7 @@ class Backend(Protocol):
         """The attempt of that folder whose processes outlived the flow that started them.
 
         Raises:
+            SpecError: this machine has not what it takes to ask.
             RemoteError: the place does not answer.
         """
 

@@ -39,7 +39,8 @@ def open_attempt(run: RunDir, stage: str, launch: LaunchSpec) -> Path:
     """The attempt whose processes an earlier flow has left running, else a fresh one.
 
     Raises:
-        RemoteError: the place where they run does not answer: one must not be started twice.
+        SpecError: the place where they run cannot be asked from this machine.
+        RemoteError: it does not answer: one must not be started twice.
     """
     attempts = (run.root / "stages" / stage).absolute()
     found = backend_of(launch).find(run.root.name, stage, attempts)
@@ -80,10 +81,7 @@ def run_stage(
     """
     attempt = attempt.absolute()
     _write_job(attempt, job)
-    if not distributed:
-        alone = {"num_processes": 1, "num_machines": 1, "machine_rank": None}
-        launch = launch.model_copy(update=alone)
-    run = StageRun(stage, attempt, launch, distributed)
+    run = StageRun(stage, attempt, launch if distributed else launch.alone(), distributed)
     recent: deque[str] = deque(maxlen=RECENT_LINES)
 
     def remember(line: str) -> None:

@@ -18,8 +18,8 @@ from ditty.processes.environment import child_environment
 from ditty.processes.local import guarded, worker_command
 from ditty.processes.machines import resolve_machines
 from ditty.processes.signals import stop_signal
-from ditty.runs.rundir import Result, Status, read_result, write_result
-from ditty.store.files import make_dir, read_json
+from ditty.runs.rundir import Result, Status, read_job, read_result, write_result
+from ditty.store.files import make_dir
 
 WAIT_SECONDS = 0.5
 
@@ -40,13 +40,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _stage_run(stage: str, attempt: Path, *, distributed: bool) -> StageRun:
-    job = read_json(attempt / "job.json")
-    assert job is not None, f"{attempt} has no job.json"
-    here: dict[str, object] = {"backend": Where.LOCAL}
-    if not distributed:
-        here |= {"num_processes": 1, "num_machines": 1}
-    launch = parse_spec(job["spec"]).launch.model_copy(update=here)
-    return StageRun(stage, attempt, launch, distributed)
+    launch = parse_spec(read_job(attempt)["spec"]).launch
+    here = (launch if distributed else launch.alone()).model_copy(update={"backend": Where.LOCAL})
+    return StageRun(stage, attempt, here, distributed)
 
 
 def _run(run: StageRun) -> None:

@@ -20,7 +20,8 @@ from ditty.processes.backend import Ended, StageRun
 from ditty.processes.batchscript import batch_script
 from ditty.processes.environment import MARGIN_SECONDS, environment_elsewhere
 from ditty.processes.record import write_record
-from ditty.store.files import locked, read_json, remove_tree, write_atomic
+from ditty.runs.rundir import read_job
+from ditty.store.files import locked, remove_tree, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +45,7 @@ class Slurm:
 
     def check(self, launch: LaunchSpec) -> None:
         """See `Backend`; what the partition takes, sbatch says when a job is submitted."""
-        for program in PROGRAMS:
-            if shutil.which(program) is None:
-                raise SpecError(
-                    f"launch.backend: slurm needs {program}, which is not on PATH: run ditty where "
-                    "you submit jobs (a login node), or use backend: local"
-                )
+        _check_programs()
         environment_elsewhere(launch)
 
     def describe(self, launch: LaunchSpec) -> str:
@@ -64,15 +60,14 @@ class Slurm:
 
     def find(self, name: str, stage: str, attempts: Path) -> Path | None:
         """See `Backend`."""
+        _check_programs()
         found = _find(job_name(name, stage), attempts)
         return found[1] if found else None
 
     @contextmanager
     def start(self, run: StageRun) -> Iterator["Job"]:
         """See `Backend`; leaving the block leaves the job."""
-        job = read_json(run.attempt / "job.json")
-        assert job is not None, f"{run.attempt} has no job.json"
-        name = job_name(job["spec"]["name"], run.stage)
+        name = job_name(read_job(run.attempt)["spec"]["name"], run.stage)
         with locked(run.attempt.parent / "submit"):  # against another flow of this run
             found = _find(name, run.attempt.parent)
             if found and found[1] != run.attempt:
@@ -174,6 +169,15 @@ def _submit(run: StageRun, name: str) -> str:
         if no_answer or any(word in str(error) for word in PASSING):
             raise
         raise SpecError(f"{error}\nLook at launch.slurm; the script is {script}") from error
+
+
+def _check_programs() -> None:
+    for program in PROGRAMS:
+        if shutil.which(program) is None:
+            raise SpecError(
+                f"launch.backend: slurm needs {program}, which is not on PATH: run ditty where you "
+                "submit jobs (a login node), or use backend: local"
+            )
 
 
 def _call(*argv: str, env: dict[str, str] | None = None) -> str:

@@ -237,6 +237,13 @@ def write_result(attempt: Path, result: Result) -> None:
     write_json(attempt / "result.json", asdict(result))
 
 
+def read_job(attempt: Path) -> dict[str, Any]:
+    """What the attempt's worker is to do, as whoever launches it has left it."""
+    value: dict[str, Any] | None = read_json(attempt / "job.json")
+    assert value is not None, f"{attempt} has no job.json"
+    return value
+
+
 def read_result(attempt: Path) -> Result | None:
     """The attempt's meaning, or None where it vanished without a word."""
     value = read_json(attempt / "result.json")
